@@ -1,0 +1,81 @@
+"""Explain the decisions of transformers: attention-aware layer-wise relevance propagation (AttnLRP).
+
+Everything public is listed in `__all__` and loads on first use; importing the package imports torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnlrp.engine import Propagation, propagate
+    from attnlrp.errors import (
+        AttnLRPError,
+        InputError,
+        ModelError,
+        NumericalError,
+        OutOfMemoryError,
+        TargetError,
+        UnknownOperationError,
+    )
+    from attnlrp.explainer import Explainer
+    from attnlrp.explanation import Explanation
+    from attnlrp.ledger import Ledger, audit
+    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT
+    from attnlrp.targets import OTHERS, Continuation
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ATTNLRP": "rules",
+    "AttnLRPError": "errors",
+    "CP_LRP": "rules",
+    "Continuation": "targets",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "GRADIENT": "rules",
+    "InputError": "errors",
+    "Ledger": "ledger",
+    "ModelError": "errors",
+    "NumericalError": "errors",
+    "OTHERS": "targets",
+    "OutOfMemoryError": "errors",
+    "Propagation": "engine",
+    "TargetError": "errors",
+    "UnknownOperationError": "errors",
+    "audit": "ledger",
+    "propagate": "engine",
+}
+
+__all__ = [
+    "ATTNLRP",
+    "CP_LRP",
+    "GRADIENT",
+    "OTHERS",
+    "AttnLRPError",
+    "Continuation",
+    "Explainer",
+    "Explanation",
+    "InputError",
+    "Ledger",
+    "ModelError",
+    "NumericalError",
+    "OutOfMemoryError",
+    "Propagation",
+    "TargetError",
+    "UnknownOperationError",
+    "__version__",
+    "audit",
+    "propagate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attnlrp' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"attnlrp.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

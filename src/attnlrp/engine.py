@@ -1,0 +1,334 @@
+"""`propagate`: the rules of a table, applied to every operation inside a block and to nothing else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn import functional as F
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function_unary,
+    resolve_name,
+)
+
+from attnlrp.errors import UnknownOperationError
+from attnlrp.operations import COMPOSITES, PASSED, Operation, find
+from attnlrp.rules import ATTNLRP, RuleFunction, Rules, attention_shares, gradient, live, scale_gradient
+
+__all__ = ["Propagation", "propagate"]
+
+OnUnknown = Literal["error", "warn", "gradient"]
+
+
+@contextmanager
+def propagate(
+    model: nn.Module, rules: Rules = ATTNLRP, *, on_unknown: OnUnknown = "error"
+) -> Iterator[Propagation]:
+    """Apply relevance propagation rules to what `model` computes inside the block.
+
+    The forward pass stays the model's own. Gradients taken of its outputs, inside or after the block, are the
+    modified ones: relevance of a tensor is `value * gradient`. Parameters are constants inside the block; neither
+    their values, nor `requires_grad`, nor their `.grad` change. Blocks may be nested (the innermost one applies),
+    and run in several threads at once.
+
+    Args:
+        model: any module. If it has `get_input_embeddings()`, the result of embedding token indices with them
+            becomes an explained input, listed in `Propagation.embeddings`.
+        rules: table of operation -> rule, see `attnlrp.rules`.
+        on_unknown: what to do about an operation without a rule: "error" raises, "warn" warns and keeps its plain
+            gradient, "gradient" keeps it in silence.
+
+    Yields:
+        The propagation, with the embeddings that were met.
+
+    Raises:
+        UnknownOperationError: an operation is neither neutral nor in the table (names it, its module, and the fix).
+
+    Example:
+        >>> with attnlrp.propagate(model):
+        ...     logits = model(inputs_embeds=embeds).logits
+        ...     logits[0, -1].max().backward()
+        >>> relevance = (embeds * embeds.grad).sum(-1)
+    """
+    with Propagation(model, rules, on_unknown=on_unknown) as propagation:
+        yield propagation
+
+
+class Propagation(TorchFunctionMode):
+    """The rules at work: sees every torch function that is called in its block, in its thread.
+
+    Attributes:
+        embeddings: (token indices, their embeddings) of each embedding look-up, in order of execution; the embeddings
+            are leaves whose `.grad` the backward pass fills.
+    """
+
+    def __init__(self, model: nn.Module, rules: Rules, *, on_unknown: OnUnknown = "error") -> None:
+        super().__init__()
+        if on_unknown not in ("error", "warn", "gradient"):
+            raise ValueError(f"on_unknown: got {on_unknown!r}, expected 'error', 'warn' or 'gradient'")
+        self.model, self.rules, self.on_unknown = model, rules, on_unknown
+        self.embeddings: list[tuple[Tensor, Tensor]] = []
+        self._lookup = _input_embeddings(model)
+        self._shares = attention_shares(rules)
+        self._shadows = 0  # how many blocks inside this one are open: only the innermost applies
+        self._outer: Propagation | None = None
+
+    def __enter__(self) -> Propagation:
+        self._outer = next((m for m in reversed(_get_current_function_mode_stack()) if isinstance(m, Propagation)), None)
+        if self._outer is not None:
+            self._outer._shadows += 1
+        if self.rules:
+            _claim_activations(self.model)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self.rules:
+            _release_activations(self.model)
+        if self._outer is not None:
+            self._outer._shadows -= 1
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._shadows or func in PASSED or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func is F.embedding and self._lookup is not None and self._weight(args, kwargs) is self._lookup.weight:
+            return self._embed(func, args, kwargs)
+        lives, trainable = _scan(args, kwargs)
+        if trainable and (func.__name__ != "__get__" or find(func)):
+            args, kwargs = _freeze(args), {k: _freeze(v) for k, v in kwargs.items()}
+        if not lives:
+            return func(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _follow_checkpoint(self)
+            self._refuse_hidden(func, lives)
+        return self._apply(func, args, kwargs)
+
+    def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation with at least one live input, by its rule."""
+        if func is F.scaled_dot_product_attention and self._shares is not None:
+            return self._attend(func, *args, **kwargs)
+        composite = COMPOSITES.get(func) if self.rules else None
+        if composite is not None and func not in self.rules:
+            with self:
+                return composite(*args, **kwargs)
+        operation = find(func)
+        if func is activation_forward:
+            operation, args = _activation(args[0]), args[1:]
+            func = operation.call
+        rule = self.rules.get(func) or (operation and self.rules.get(operation.name, gradient))
+        if rule is None:
+            return self._unknown(func, func(*args, **kwargs))
+        if operation is None or rule is gradient:
+            return rule(func, *args, **kwargs)
+        return _by_rule(rule, operation, args, kwargs)
+
+    def _attend(self, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self._shares is not None
+        mask = kwargs.get("attn_mask", args[0] if args else None)
+        q, k, v = self._shares(live(query), live(key), live(value))
+        if live(mask):  # a bias computed from the input: reached through the softmax only
+            kwargs["attn_mask"] = scale_gradient(mask, 0 if q == 0 else 0.5 if live(value) and v < 1 else 1)
+            args = args[1:] if args else args
+        inputs = (scale_gradient(query, q), scale_gradient(key, k), scale_gradient(value, v))
+        return func(*inputs, *args, **kwargs)
+
+    # --- explained inputs -----------------------------------------------------------------------------------------
+
+    def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs["weight"] if "weight" in kwargs else args[1]
+
+    def _embed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            embeddings: Tensor = func(*args, **kwargs)
+        embeddings.requires_grad_()
+        self.embeddings.append((kwargs["input"] if "input" in kwargs else args[0], embeddings))
+        return embeddings.view_as(embeddings)  # models may write into it, which a leaf forbids
+
+    # --- what has no rule -----------------------------------------------------------------------------------------
+
+    def _unknown(self, func: Callable[..., Any], result: Any) -> Any:
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        if self.rules and any(map(live, outputs)):
+            self._report(resolve_name(func) or getattr(func, "__name__", str(func)))
+        return result
+
+    def _refuse_hidden(self, func: Callable[..., Any], lives: list[Tensor]) -> None:
+        """Report a custom autograd function, whose call torch does not show, once its output is used."""
+        for tensor in lives:
+            node = tensor.grad_fn
+            if isinstance(node, BackwardCFunction) and self.rules:
+                function = getattr(type(node), "_forward_cls", type(node))
+                if not issubclass(function, RuleFunction) and function not in self.rules:
+                    self._report(f"{function.__module__}.{function.__qualname__} (custom autograd function)")
+
+    def _report(self, name: str) -> None:
+        if self.on_unknown == "gradient":
+            return
+        fix = (
+            "reentrant checkpointing is not supported: use torch.utils.checkpoint(..., use_reentrant=False)"
+            if "checkpoint.CheckpointFunction" in name
+            else "add a row to the table, rules=attnlrp.ATTNLRP | {function: rule} with a rule of attnlrp.rules "
+            "(see CONTRIBUTING.md, 'Add a rule'), or pass on_unknown='warn' or 'gradient' to keep its plain gradient"
+        )
+        message = f"no rule for operation {name} in module {module_path(self.model)}: {fix}"
+        if self.on_unknown == "error":
+            raise UnknownOperationError(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def module_path(model: nn.Module) -> str:
+    """Path, inside `model`, of the module whose code is running, read off the call stack."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return f"{names[id(owner)] or '(top)'} ({type(owner).__name__})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "(outside the model)"
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    find_embeddings = getattr(model, "get_input_embeddings", None)
+    try:
+        found = find_embeddings() if callable(find_embeddings) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), Tensor) else None
+
+
+def _scan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
+    """The live tensors among the arguments, and whether any parameter would take a gradient."""
+    lives: list[Tensor] = []
+    trainable = False
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor) and item.requires_grad:
+                if isinstance(item, nn.Parameter):
+                    trainable = True
+                else:
+                    lives.append(item)
+    return lives, trainable
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(map(_freeze, value)) if type(value) in (list, tuple) else value
+    return value.detach() if isinstance(value, nn.Parameter) else value
+
+
+def _by_rule(rule: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a rule out of place, and write its result back where the operation was written in place."""
+    kwargs = dict(kwargs)
+    if "input" in kwargs:
+        args = (kwargs.pop("input"), *args)
+    in_place = operation.in_place or kwargs.pop("inplace", False)
+    if not in_place:
+        return rule(operation.call, *args, **kwargs)
+    target = args[0]
+    result = rule(operation.call, target.clone(), *args[1:], **kwargs)
+    return target.copy_(result)
+
+
+# --- activation modules written out in Python are one element-wise function ----------------------------------------
+
+_CLOSED_FORMS = {
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+}
+_claims: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_claims_lock = threading.Lock()
+
+
+def activation_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the forward of an activation module while a block is open: shows the call as one operation."""
+    x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+    if has_torch_function_unary(x):
+        return handle_torch_function(activation_forward, (x,), self, x, *rest, **kwargs)
+    return _own_forward(self)(x, *rest, **kwargs)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    return module.__dict__.get("_attnlrp_forward") or types.MethodType(type(module).forward, module)
+
+
+def _activation(module: nn.Module) -> Operation:
+    name = _CLOSED_FORMS.get(type(module).__name__, "activation")
+    return Operation(name, _own_forward(module))
+
+
+def _is_written_out(module: nn.Module) -> bool:
+    """Whether a module is an activation function; those of torch are single operations already."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.") or any(True for _ in module.children()):
+        return False
+    name = kind.__name__.lower()
+    in_library = kind.__module__ == "transformers.activations" and "laplace" not in name and "linear" not in name
+    return in_library or name.endswith(("gelu", "geluactivation", "silu", "swish", "mish"))
+
+
+def _claim_activations(model: nn.Module) -> None:
+    with _claims_lock:
+        for module in filter(_is_written_out, model.modules()):
+            _claims[module] = _claims.get(module, 0) + 1
+            if _claims[module] == 1:
+                if "forward" in module.__dict__:
+                    module.__dict__["_attnlrp_forward"] = module.__dict__["forward"]
+                module.__dict__["forward"] = types.MethodType(activation_forward, module)
+
+
+def _release_activations(model: nn.Module) -> None:
+    with _claims_lock:
+        for module in filter(_is_written_out, model.modules()):
+            _claims[module] -= 1
+            if _claims[module] == 0:
+                del _claims[module], module.__dict__["forward"]
+                if "_attnlrp_forward" in module.__dict__:
+                    module.__dict__["forward"] = module.__dict__.pop("_attnlrp_forward")
+
+
+# --- checkpointing ------------------------------------------------------------------------------------------------
+
+
+def _follow_checkpoint(propagation: Propagation) -> None:
+    """Inside a checkpointed region, make its recomputation run under the same rules.
+
+    The recomputation happens in the backward pass: outside of the block, and on a GPU in another thread. torch offers
+    `context_fn` for it, but only to the caller of `checkpoint`, which is the model; so the region's frame is reached through
+    its saved-tensor hooks.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
+        return
+    cells = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True))
+    frame = cells["frame"].cell_contents
+    if not hasattr(frame.recompute_fn, "propagation"):
+        frame.recompute_fn = _Recomputation(frame.recompute_fn, propagation)
+
+
+class _Recomputation:
+    def __init__(self, function: Callable[..., Any], propagation: Propagation) -> None:
+        self.function, self.propagation = function, propagation
+
+    def __call__(self, *args: Any) -> None:
+        outer = self.propagation
+        with type(outer)(outer.model, outer.rules, on_unknown=outer.on_unknown):
+            self.function(*args)

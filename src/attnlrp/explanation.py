@@ -1,0 +1,229 @@
+"""The result of an explanation: frozen tensors and plain data, saved as safetensors or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlrp.errors import InputError
+
+__all__ = ["Candidate", "ExplainedTarget", "Explanation"]
+
+FORMAT = 1
+_PART = re.compile(r"(?P<text>.+)\[(?P<index>\d+)/\d+\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One entry of the model's output at the explained position.
+
+    Args:
+        token: text of the vocabulary entry, or name of the class.
+        id: index in the vocabulary, or of the class.
+        logit: the model's logit.
+    """
+
+    token: str
+    id: int
+    logit: float
+
+
+@dataclass(frozen=True)
+class ExplainedTarget:
+    """The scalar that one row of relevance explains.
+
+    Args:
+        token: text of the explained token, or name of the class.
+        id: its index; None where the target is a sum over several.
+        position: index into `Explanation.tokens` of the position whose output is explained.
+        logit: value of the explained scalar, in `unit`; without `against`, the model's logit.
+        rank: 1 for the most likely output; None where the target is a sum over several.
+        against: what a contrastive target was compared with, else None.
+        unit: "logit" or "probability".
+        candidates: the largest outputs at this position, best first.
+    """
+
+    token: str
+    id: int | None
+    position: int
+    logit: float
+    rank: int | None = None
+    against: str | None = None
+    unit: str = "logit"
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Relevance of every input token for one or several targets.
+
+    Args:
+        tokens: text of each input token; a token that holds a part of a character reads "é[1/2]".
+        token_ids: vocabulary index of each token.
+        relevance: relevance of token t for target k; unit: relevance, a row sums to the target
+            less what biases, softmax and constants absorb.
+        targets: what each row explains.
+        special: whether a token is a special token of the tokenizer (such as `<bos>`).
+        segments: origin of each token: "prompt" or "generated".
+        words: index of the word that each token belongs to, never decreasing.
+        model: name of the model.
+        rules: name of the rules.
+        task: "causal-lm" or "sequence-classification".
+        version: version of attnlrp that made it.
+    """
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    relevance: Float[Tensor, "target token"]
+    targets: tuple[ExplainedTarget, ...]
+    special: tuple[bool, ...]
+    segments: tuple[str, ...]
+    words: tuple[int, ...]
+    model: str
+    rules: str
+    task: str
+    version: str
+
+    def __post_init__(self) -> None:
+        rows, columns = self.relevance.shape
+        lengths = {len(self.tokens), len(self.token_ids), len(self.special), len(self.segments), len(self.words)}
+        if lengths != {columns} or rows != len(self.targets):
+            raise InputError(
+                f"explanation: relevance of shape {rows} x {columns} needs {rows} targets and {columns} tokens, "
+                f"got {len(self.targets)} targets and token fields of lengths {sorted(lengths)}"
+            )
+
+    @property
+    def target(self) -> ExplainedTarget:
+        """The only target; with several, pick one of `targets`."""
+        if len(self.targets) != 1:
+            raise InputError(f"explanation.target: this explanation has {len(self.targets)} targets; use .targets[k]")
+        return self.targets[0]
+
+    @property
+    def logit(self) -> float:
+        """Value of the only target."""
+        return self.target.logit
+
+    @property
+    def sum(self) -> tuple[float, ...]:
+        """Relevance that reached the input, per target."""
+        return tuple(self.relevance.double().sum(dim=1).tolist())
+
+    def top(self, count: int = 10, *, target: int = 0) -> list[tuple[int, str, float]]:
+        """The most relevant tokens by magnitude: (index, text, relevance), largest first."""
+        row = self.relevance[target]
+        order = row.abs().argsort(descending=True)[:count].tolist()
+        return [(i, self.tokens[i], row[i].item()) for i in order]
+
+    def merge_words(self) -> Explanation:
+        """Join the pieces of each word; their relevance is summed, so nothing is lost.
+
+        `token_ids` keeps the first piece's index; a target's position moves to the word that holds it.
+        """
+        starts = [i for i, word in enumerate(self.words) if i == 0 or word != self.words[i - 1]]
+        ends = [*starts[1:], len(self.words)]
+        spans = list(zip(starts, ends, strict=True))
+        word_of = [k for k, (a, b) in enumerate(spans) for _ in range(a, b)]
+        relevance = torch.stack([self.relevance[:, a:b].sum(dim=1) for a, b in spans], dim=1)
+        return dataclasses.replace(
+            self,
+            tokens=tuple(_join(self.tokens[a:b]) for a, b in spans),
+            token_ids=tuple(self.token_ids[a] for a in starts),
+            relevance=relevance,
+            targets=tuple(dataclasses.replace(t, position=word_of[t.position]) for t in self.targets),
+            special=tuple(self.special[a] for a in starts),
+            segments=tuple(self.segments[a] for a in starts),
+            words=tuple(range(len(spans))),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to JSON: relevance is a list of rows, one per target."""
+        data = dataclasses.asdict(self) | {"sum": list(self.sum), "relevance": self.relevance.tolist()}
+        return {"format": FORMAT} | data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Explanation:
+        """The inverse of `to_dict`."""
+        if data.get("format") != FORMAT:
+            raise InputError(f"explanation: format {data.get('format')!r} is not known, expected {FORMAT}")
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        for name in ("tokens", "token_ids", "special", "segments", "words"):
+            fields[name] = tuple(fields[name])
+        fields["targets"] = tuple(
+            ExplainedTarget(**(t | {"candidates": tuple(Candidate(**c) for c in t["candidates"])}))
+            for t in data["targets"]
+        )
+        relevance = fields["relevance"]
+        if not isinstance(relevance, Tensor):
+            fields["relevance"] = torch.tensor(relevance).reshape(len(fields["targets"]), len(fields["tokens"]))
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file; its suffix chooses: .safetensors .json (both load again), .html .png .pdf .svg.
+
+        Raises:
+            InputError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            metadata = self.to_dict() | {"relevance": None}
+            save_file({"relevance": self.relevance.contiguous()}, path, {"attnlrp": json.dumps(metadata)})
+        else:
+            from attnlrp import show  # results do not draw: the renderers load on first use
+
+            show.save(self, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explanation:
+        """Read a .safetensors or .json file that `save` wrote.
+
+        Raises:
+            InputError: the file is not an explanation.
+        """
+        path = Path(path)
+        try:
+            if path.suffix == ".json":
+                return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            if path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, framework="pt") as file:
+                    data = json.loads((file.metadata() or {}).get("attnlrp", "{}"))
+                    return cls.from_dict(data | {"relevance": file.get_tensor("relevance")})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: not an explanation saved by attnlrp ({error!r})") from error
+        raise InputError(f"{path}: cannot load {path.suffix or 'a file without suffix'}; expected .safetensors or .json")
+
+    def show(self) -> None:
+        """Print the heat map to the terminal (in a notebook, the object shows itself)."""
+        from attnlrp import show
+
+        show.show(self)
+
+    def _repr_html_(self) -> str:
+        from attnlrp import show
+
+        return show.fragment(self)
+
+
+def _join(pieces: tuple[str, ...]) -> str:
+    """Text of a word; the parts "é[1/2]", "é[2/2]" of one character read "é" again."""
+    text = []
+    for piece in pieces:
+        part = _PART.fullmatch(piece)
+        text.append(piece if part is None else part["text"] if part["index"] == "1" else "")
+    return "".join(text)

@@ -1,0 +1,519 @@
+"""The rules of AttnLRP, one per operation, in the order of the paper (Achtibat et al., ICML 2024).
+
+Relevance of a tensor is `value * gradient`, where *gradient* is what the backward pass carries.
+A rule is a function `rule(op, *args, **kwargs)`: it computes `op(*args, **kwargs)` unchanged and decides
+what the backward does. A tensor is *live* if it depends on the explained input (`requires_grad`);
+everything else, parameters included, is a constant.
+
+An operation without a row in a table keeps its plain gradient: that is the epsilon rule with
+epsilon = 0 (eq. 8), and right for every operation that is linear in its live inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+__all__ = [
+    "ATTNLRP",
+    "CP_LRP",
+    "GRADIENT",
+    "PRESETS",
+    "SOFTMAX_DISTRIBUTE",
+    "SOFTMAX_IDENTITY",
+    "SOFTMAX_OMIT",
+    "Rule",
+    "Rules",
+    "constant",
+    "constant_denominator",
+    "epsilon",
+    "gradient",
+    "identity",
+    "stabilise",
+    "stabilised_identity",
+    "uniform",
+]
+
+Rule: TypeAlias = Callable[..., Any]
+Rules: TypeAlias = Mapping[Any, Rule]
+"""Canonical operation name (or the function itself, for an operation of your own) -> rule."""
+
+
+def live(value: object) -> bool:
+    """Whether relevance flows into `value`."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def stabilise(z: Tensor, eps: float | None = None) -> Tensor:
+    """z + eps * sign(z), with sign(0) = 1: the one stabiliser of a denominator.
+
+    Without `eps` it is scaled to the precision: sqrt(machine epsilon) of z's dtype.
+    """
+    eps = math.sqrt(torch.finfo(z.dtype).eps) if eps is None else eps
+    return z + torch.where(z < 0, -eps, eps)
+
+
+# --- eq. 8: linear layers ---------------------------------------------------------------------------------------
+
+
+def gradient(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """R_i = sum_j x_i dz_j/dx_i R_j / z_j: eq. 8 with epsilon = 0; the bias absorbs its share.
+
+    For a softmax the same line is prop. 3.1, the Taylor expansion at x: R_i = x_i (R_i - s_i sum_j R_j).
+    """
+    return op(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class epsilon:
+    """R_i = sum_j w_ji x_i R_j / (z_j + eps sign z_j) (eq. 8): small outputs lose relevance to the stabiliser.
+
+    Args:
+        value: eps > 0, in units of the layer's output.
+    """
+
+    value: float
+
+    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _Epsilon.apply(op(*args, **kwargs), self.value)
+
+
+# --- eq. 9: element-wise non-linearities ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class identity:
+    """R_i = R_j for y = f(x), f(0) = 0 (eq. 9): the gradient is multiplied by f(x)/x.
+
+    Args:
+        ratio: closed form of f(x)/x, called as ratio(x, *args, **kwargs) in float32 or better;
+            without it f(x)/x is computed, with its limit at 0.
+    """
+
+    ratio: Callable[..., Tensor] | None = None
+
+    def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not live(x):
+            return constant(op, x, *args, **kwargs)
+        ratio = self.ratio or _quotient(op)
+        return _Identity.apply(x, lambda t: op(t, *args, **kwargs), lambda t: ratio(t, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class stabilised_identity:
+    """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9)."""
+
+    def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        return _Identity.apply(
+            x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t)
+        )
+
+
+def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
+    """Identity for x^n: f(x)/x = x^(n-1) if n >= 1. A negative power is a statistic: a constant (prop. 3.4)."""
+    if live(exponent):
+        return stabilised_identity()(lambda n: op(x.detach() if live(x) else x, n), exponent)
+    if not isinstance(exponent, (int, float)) or 0 < exponent < 1:
+        return stabilised_identity()(op, x, exponent)
+    return identity(lambda t, n: t.pow(n - 1))(op, x, exponent) if exponent >= 1 else constant(op, x, exponent)
+
+
+def clip(op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Identity where the clipping interval holds 0; else plain gradient, and the bound absorbs."""
+    with torch.no_grad():
+        keeps_zero = bool((op(torch.zeros_like(x), *args, **kwargs) == 0).all())
+    return identity()(op, x, *args, **kwargs) if keeps_zero else op(x, *args, **kwargs)
+
+
+# --- prop. 3.1: softmax, and the variants of appendix A.2.1 that the paper shows to be unstable -------------------
+
+
+def constant(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """R_i = 0: the output is a constant and factors beside it take all relevance (CP-LRP on softmax)."""
+    with torch.no_grad():
+        return op(*args, **kwargs)
+
+
+def softmax_identity(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """R_i = R_j: the identity rule through softmax. Explodes where x is near 0: for the record only."""
+    return stabilised_identity()(op, x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def softmax_distribute(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """R_i = x_i (R_i - s_i sum_j R_j) + (1/N) sum_j (1 - x_j + x_mean) R_j: the bias is shared out evenly.
+
+    x_mean = sum_j s_j x_j; N counts the logits that are not masked. Explodes: for the record only.
+    """
+    return _softmax_variant(op, x, args, kwargs, _distributed)
+
+
+def softmax_omit(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """R_i = x_i (R_i / d_i - s_i sum_j R_j / d_j), d = x - x_mean: the bias is left out of the denominator.
+
+    d crosses zero, so it is stabilised. Explodes: for the record only.
+    """
+    return _softmax_variant(op, x, args, kwargs, _omitted)
+
+
+# --- props. 3.2 and 3.3: products -----------------------------------------------------------------------------
+
+
+def uniform(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """R_i = R_j / n for each of n live factors, element-wise (prop. 3.2) or summed over (prop. 3.3: half to each)."""
+    count = sum(_count_live(a) for a in (*args, *kwargs.values()))
+    if count < 2:
+        return op(*args, **kwargs)
+    return op(*(_scaled(a, 1 / count) for a in args), **{k: _scaled(a, 1 / count) for k, a in kwargs.items()})
+
+
+def uniform_after_first(op: Callable[..., Any], first: Any, *factors: Any, **kwargs: Any) -> Any:
+    """first + product of factors: the sum is linear, the product uniform."""
+    return uniform(lambda *f, **k: op(first, *f, **k), *factors, **kwargs)
+
+
+def uniform_pair(op: Callable[..., Any], a: Any, b: Any, *weights: Any, **kwargs: Any) -> Any:
+    """A form that is linear in `a` and in `b`, with constant weights."""
+    return uniform(lambda x, y: op(x, y, *weights, **kwargs), a, b)
+
+
+def constant_denominator(op: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
+    """a / b with the denominator a constant (prop. 3.4): conserves, where the plain gradient would sum to 0."""
+    b = b.detach() if isinstance(b, Tensor) else b
+    return op(a, b, **kwargs) if live(a) else constant(op, a, b, **kwargs)
+
+
+def attention_shares(rules: Rules) -> Callable[[bool, bool, bool], tuple[float, float, float]] | None:
+    """What a fused attention kernel does under `rules`, as factors on the gradients at its inputs.
+
+    Matmul, softmax, matmul under the rules equal the plain gradient of the kernel with queries and keys / 4 and
+    values / 2 (Arras et al., arXiv 2502.15886). Returns the factors (query, key, value) as a function
+    of which of them are live, or None where the kernel must be taken apart.
+    """
+    softmax, matmul = rules.get("softmax", gradient), rules.get("matmul", gradient)
+    if softmax is gradient and matmul is gradient:
+        return lambda q, k, v: (1.0, 1.0, 1.0)
+    if softmax is constant and matmul in (uniform, gradient):
+        return lambda q, k, v: (0.0, 0.0, 1.0)
+    if softmax is gradient and matmul is uniform:
+        return _quarters
+    return None
+
+
+def _quarters(query: bool, key: bool, value: bool) -> tuple[float, float, float]:
+    outer = 0.5 if value and (query or key) else 1.0
+    inner = 0.5 * outer if query and key else outer
+    return inner, inner, outer
+
+
+# --- prop. 3.4: normalisation ---------------------------------------------------------------------------------
+
+
+def layer_norm(
+    op: Callable[..., Any],
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor:
+    """y = (x - mean) / sigma * w + b with sigma a constant: the mean is linear, the bias absorbs."""
+
+    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
+        y, _, rstd = torch.native_layer_norm(t, list(normalized_shape), weight, bias, eps)
+        return y, rstd
+
+    dims = tuple(range(-len(normalized_shape), 0))
+    return _Normalise.apply(x, forward, weight, x.shape, dims, True)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def rms_norm(
+    op: Callable[..., Any], x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """y = x / RMS(x) * w with RMS(x) a constant: relevance is conserved."""
+    dims = tuple(range(-len(normalized_shape), 0))
+
+    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
+        wide = _wide(t)
+        mean = wide.square().mean(dims, keepdim=True)
+        return op(t, normalized_shape, weight, eps), (mean + (torch.finfo(t.dtype).eps if eps is None else eps)).rsqrt()
+
+    return _Normalise.apply(x, forward, weight, x.shape, dims, False)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def group_norm(
+    op: Callable[..., Any],
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor:
+    """As layer_norm, over groups of channels; x is (batch, channel, ...)."""
+    grouped = (x.shape[0], num_groups, -1)
+
+    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
+        return op(t, num_groups, weight, bias, eps), _deviation(t.reshape(grouped), (2,), eps)
+
+    return _Normalise.apply(x, forward, _per_channel(weight, x), grouped, (2,), True)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def batch_norm(
+    op: Callable[..., Any],
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor:
+    """With running statistics an affine map; with those of the batch, as layer_norm over batch and space."""
+    args = (running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return F.batch_norm(x, *args)
+    dims = (0, *range(2, x.dim()))
+
+    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
+        return F.batch_norm(t, *args), _deviation(t, dims, eps)
+
+    return _Normalise.apply(x, forward, _per_channel(weight, x), x.shape, dims, True)  # type: ignore[no-any-return,no-untyped-call]
+
+
+# --- closed forms of f(x)/x -------------------------------------------------------------------------------------
+
+
+def gelu_ratio(x: Tensor, approximate: str = "none") -> Tensor:
+    """Phi(x), or its tanh approximation."""
+    if approximate == "tanh":
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * torch.erfc(-x / math.sqrt(2))
+
+
+def _quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
+    """f(x)/x; at x = 0 its limit f'(0), taken at the smallest x for which f(x) = f'(0) x in floating point."""
+
+    def ratio(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = torch.where(x == 0, 1e-30, x)
+        return op(x, *args, **kwargs) / x  # type: ignore[no-any-return]
+
+    return ratio
+
+
+# --- the tables -------------------------------------------------------------------------------------------------
+
+_GATES = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "exp2", "cos", "cosh", "erfc", "log", "log2", "sqrt")
+_QUOTIENTS = (
+    *("activation", "tanh", "erf", "sin", "sinh", "asin", "asinh", "atan", "tan", "expm1", "log1p", "softsign"),
+    *("elu", "selu", "celu", "relu6", "hardtanh", "softshrink", "hardshrink", "tanhshrink"),
+)
+_STATISTICS = ("rsqrt", "reciprocal", "var", "std", "norm", "round", "floor", "ceil", "trunc", "sign")
+
+ATTNLRP: Rules = {
+    # eq. 8: gradient keeps the epsilon rule with epsilon 0; a table with epsilon(1e-6) here has it greater than 0
+    "linear": gradient,
+    "conv": gradient,
+    # eq. 9
+    "silu": identity(torch.sigmoid),
+    "gelu": identity(gelu_ratio),
+    "gelu_tanh": identity(lambda x: gelu_ratio(x, "tanh")),
+    "quick_gelu": identity(lambda x: torch.sigmoid(1.702 * x)),
+    "mish": identity(lambda x: torch.tanh(F.softplus(x))),
+    "hardswish": identity(lambda x: F.relu6(x + 3) / 6),
+    "square": identity(lambda x: x),
+    "pow": power,
+    "clamp": clip,
+    **dict.fromkeys(_QUOTIENTS, identity()),
+    **dict.fromkeys(_GATES, stabilised_identity()),
+    # prop. 3.1
+    "softmax": gradient,
+    "log_softmax": gradient,
+    "logsumexp": gradient,
+    # prop. 3.2
+    "mul": uniform,
+    # prop. 3.3
+    "matmul": uniform,
+    "einsum": uniform,
+    "addmm": uniform_after_first,
+    "bilinear": uniform_pair,
+    # prop. 3.4
+    "div": constant_denominator,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "batch_norm": batch_norm,
+    **dict.fromkeys(_STATISTICS, constant),
+    # a loss that the model computes beside its logits is not explained
+    "loss": constant,
+}
+"""The paper's rules."""
+
+CP_LRP: Rules = {**ATTNLRP, "softmax": constant}
+"""Ali et al., 2022: attention weights are constants; queries and keys get nothing, values everything."""
+
+GRADIENT: Rules = {}
+"""No rule at all: gradient x input."""
+
+SOFTMAX_IDENTITY: Rules = {**ATTNLRP, "softmax": softmax_identity}
+SOFTMAX_DISTRIBUTE: Rules = {**ATTNLRP, "softmax": softmax_distribute}
+SOFTMAX_OMIT: Rules = {**ATTNLRP, "softmax": softmax_omit}
+"""Appendix A.2.1: what happens to the bias of softmax if it does not absorb. Unstable, kept to reproduce the failure."""
+
+PRESETS: dict[str, Rules] = {
+    "attnlrp": ATTNLRP,
+    "cp-lrp": CP_LRP,
+    "gradient": GRADIENT,
+    "softmax-identity": SOFTMAX_IDENTITY,
+    "softmax-distribute": SOFTMAX_DISTRIBUTE,
+    "softmax-omit": SOFTMAX_OMIT,
+}
+
+
+# --- backward passes --------------------------------------------------------------------------------------------
+
+
+class RuleFunction(Function):
+    """Base of every backward pass of this module, so that the engine can tell them from a model's own functions."""
+
+
+class _Scale(RuleFunction):
+    """Identity whose gradient is multiplied by a factor; only ever used at the input of an operation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.factor, None
+
+
+class _Epsilon(RuleFunction):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.eps = eps
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (z,) = ctx.saved_tensors
+        z = _wide(z)
+        return (grad * (z / stabilise(z, ctx.eps))).to(grad.dtype), None
+
+
+class _Identity(RuleFunction):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], ratio: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ratio = ratio
+        return op(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return (grad * ctx.ratio(_wide(x))).to(grad.dtype), None, None
+
+
+class _Normalise(RuleFunction):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        op: Callable[[Tensor], tuple[Tensor, Tensor]],
+        weight: Tensor | None,
+        grouped: Any,
+        dims: tuple[int, ...],
+        centred: bool,
+    ) -> Tensor:
+        y, rstd = op(x)
+        ctx.save_for_backward(rstd, weight)
+        ctx.grouped, ctx.dims, ctx.centred = grouped, dims, centred
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        rstd, weight = ctx.saved_tensors
+        g = _wide(grad) if weight is None else _wide(grad) * weight
+        g = g.reshape(ctx.grouped) * rstd
+        if ctx.centred:
+            g = g - g.mean(ctx.dims, keepdim=True)
+        return g.reshape(grad.shape).to(grad.dtype), None, None, None, None, None
+
+
+class _Softmax(RuleFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], dim: int, rule: Callable[..., Tensor]
+    ) -> Tensor:
+        s = op(x)
+        ctx.save_for_backward(x, s)
+        ctx.dim, ctx.rule = dim, rule
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, s = ctx.saved_tensors
+        masked = torch.isneginf(x)
+        x = _wide(x).masked_fill(masked, 0)
+        relevance = ctx.rule(x, _wide(s), _wide(s * grad), masked, ctx.dim)
+        return (relevance / stabilise(x)).masked_fill(masked, 0).to(grad.dtype), None, None, None
+
+
+def _distributed(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
+    mean = (s * x).sum(dim, keepdim=True)
+    bias = ((1 - x + mean) * r).sum(dim, keepdim=True) / (~masked).sum(dim, keepdim=True)
+    return x * (r - s * r.sum(dim, keepdim=True)) + bias
+
+
+def _omitted(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
+    r = r / stabilise(x - (s * x).sum(dim, keepdim=True))
+    return x * (r - s * r.sum(dim, keepdim=True))
+
+
+def _softmax_variant(
+    op: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Callable[..., Tensor]
+) -> Tensor:
+    dim = kwargs["dim"] if "dim" in kwargs else args[0]
+    return _Softmax.apply(x, lambda t: op(t, *args, **kwargs), dim, rule)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def scale_gradient(x: Any, factor: float) -> Any:
+    """x, with its gradient multiplied by `factor`; 0 makes it a constant."""
+    if factor == 1 or not live(x):
+        return x
+    return x.detach() if factor == 0 else _Scale.apply(x, factor)
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(scale_gradient(v, factor) for v in value)
+    return scale_gradient(value, factor)
+
+
+def _count_live(value: Any) -> int:
+    return sum(map(live, value)) if isinstance(value, (list, tuple)) else int(live(value))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 or better, where ratios and sums are computed."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    return (_wide(x).var(dims, correction=0, keepdim=True) + eps).rsqrt()
+
+
+def _per_channel(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.view(1, -1, *[1] * (x.dim() - 2))
