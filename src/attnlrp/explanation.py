@@ -43,7 +43,8 @@ class ExplainedTarget:
     Args:
         token: text of the explained token, or name of the class.
         id: its index; None where the target is a sum over several.
-        position: index into `Explanation.tokens` of the position whose output is explained.
+        position: index into `Explanation.tokens` of the token whose prediction is explained; None if the whole text has
+            one output.
         logit: value of the explained scalar, in `unit`; without `against`, the model's logit.
         rank: 1 for the most likely output; None where the target is a sum over several.
         against: what a contrastive target was compared with, else None.
@@ -53,7 +54,7 @@ class ExplainedTarget:
 
     token: str
     id: int | None
-    position: int
+    position: int | None
     logit: float
     rank: int | None = None
     against: str | None = None
@@ -139,7 +140,9 @@ class Explanation:
             tokens=tuple(_join(self.tokens[a:b]) for a, b in spans),
             token_ids=tuple(self.token_ids[a] for a in starts),
             relevance=relevance,
-            targets=tuple(dataclasses.replace(t, position=word_of[t.position]) for t in self.targets),
+            targets=tuple(
+                t if t.position is None else dataclasses.replace(t, position=word_of[t.position]) for t in self.targets
+            ),
             special=tuple(self.special[a] for a in starts),
             segments=tuple(self.segments[a] for a in starts),
             words=tuple(range(len(spans))),

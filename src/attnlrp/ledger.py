@@ -262,7 +262,7 @@ class _Probe(RuleFunction):
 def grouped_matmul(x: Tensor, weights: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
     """Rows of x up to each offset times the weights of that group."""
     bounds = [0, *offs.tolist()]
-    return torch.cat([x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weights, strict=True)])
+    return torch.cat([x[a:b] @ w for a, b, w in zip(bounds[:-1], bounds[1:], weights, strict=True)])
 
 
 def _passed_by_softmax(name: str, x: Tensor, y: Tensor, grad: Tensor, dim: int) -> float:

@@ -25,7 +25,7 @@ def save(explanation: Explanation, path: str | Path) -> Path:
     elif suffix in (".png", ".pdf", ".svg"):
         from attnlrp.show import image
 
-        image.figure(explanation).savefig(path, dpi=200)
+        image.figure(explanation).savefig(path, dpi=200, bbox_inches="tight")
     elif path.suffix in (".json", ".safetensors"):
         explanation.save(path)
     else:

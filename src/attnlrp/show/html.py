@@ -41,9 +41,7 @@ def fragment(explanation: Explanation) -> str:
 def _environment() -> Environment:
     # The package path of the renderers themselves, so that the templates are found in a zip file too.
     loader = PackageLoader("attnlrp.show", "templates")
-    return Environment(
-        autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    return Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _context(explanation: Explanation, identifier: str) -> dict[str, Any]:

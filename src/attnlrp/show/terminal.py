@@ -105,7 +105,9 @@ def _legend(explanation: Explanation, row: int, dark: bool) -> Text:
     out = Text(f"{text.signed(-end)} ")
     for i in range(_LEGEND):
         value = 2 * i / (_LEGEND - 1) - 1
-        out.append("0" if i == _LEGEND // 2 else " ", Style(bgcolor=colours.scale(value, dark=dark)) + _cell(value, dark))
+        out.append(
+            "0" if i == _LEGEND // 2 else " ", Style(bgcolor=colours.scale(value, dark=dark)) + _cell(value, dark)
+        )
     return out.append(f" {text.signed(end)}").append(f"  relevance in {explanation.targets[row].unit}", "dim")
 
 
@@ -115,7 +117,7 @@ def _target(explanation: Explanation, target: ExplainedTarget) -> Text:
 
 
 def _candidates(target: ExplainedTarget) -> Text:
-    out = Text("Next    ", "dim")
+    out = Text("Others  ", "dim")
     listed = (f"{text.isolate(name)} {logit}" for name, logit in text.runners_up(target))
     return out.append(" · ".join(listed), "not dim")
 
@@ -132,7 +134,7 @@ def _table(explanation: Explanation, top: int, dark: bool) -> Table:
         colour = colours.scale(math.copysign(1.0, entry.size))
         bar = Text("━" * max(1, round(abs(entry.size) * _BAR)), colour)
         token = Text(text.isolate(entry.token))
-        table.add_row(str(rank), token, str(entry.index), Text(entry.relevance), Text(entry.share), bar)
+        table.add_row(str(rank), token, str(entry.position), Text(entry.relevance), Text(entry.share), bar)
     return table
 
 

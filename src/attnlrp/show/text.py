@@ -39,14 +39,14 @@ class TopToken(NamedTuple):
     """One row of the table of the most relevant tokens.
 
     Args:
-        index: index into `Explanation.tokens`.
+        position: index into `Explanation.tokens`.
         token: its label.
         relevance: formatted, in the unit of the target.
         share: of the sum of absolute relevance, formatted in percent.
         size: relevance as a fraction of the largest magnitude, in [-1, 1].
     """
 
-    index: int
+    position: int
     token: str
     relevance: str
     share: str
