@@ -17,6 +17,7 @@ from attnlrp import __version__, models
 from attnlrp.engine import Propagation, propagate
 from attnlrp.errors import InputError, ModelError, NumericalError, OutOfMemoryError, TargetError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
+from attnlrp.ledger import Ledger, audit
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
 from attnlrp.targets import OTHERS, Continuation, Output, Scalar, Target, class_index, token_index
 from attnlrp.tokens import pieces, words
@@ -136,6 +137,19 @@ class Explainer:
             explanations = [e for batch in batches for e in self._explain(batch, form)]
         return explanations[0] if isinstance(text, str) else explanations
 
+    def audit(self, text: str, *, target: str | int | None = None) -> Ledger:
+        """Account for every unit of relevance of one explanation. See `attnlrp.audit`."""
+        request = self._request(text, [target], None, 0)
+        inputs, kept = self._inputs([request])
+
+        def explained(output: Any) -> Tensor:
+            logits = _Logits(output.logits[0], kept)
+            scalar = self._scalar(request.rows[0][0], logits, _Form(None, "logit", 1.0))
+            return scalar.value(logits(scalar.position))
+
+        with _memory():
+            return audit(self.model, inputs, target=explained, rules=self.rules)
+
     # --- from options to slots --------------------------------------------------------------------------------------
 
     def _check(self, texts: list[str], target: Any, position: Any, generate: int, form: _Form) -> None:
@@ -218,11 +232,10 @@ class Explainer:
         return same_length or self.task == "causal-lm" or self.model.config.get_text_config().pad_token_id is not None
 
     def _explain(self, requests: list[_Request], form: _Form) -> list[Explanation]:
-        length = max(len(r.ids) for r in requests)
-        ids = torch.tensor([r.ids + [self._pad] * (length - len(r.ids)) for r in requests])
-        mask = torch.tensor([[1] * len(r.ids) + [0] * (length - len(r.ids)) for r in requests])
+        inputs, kept = self._inputs(requests)
         with torch.enable_grad(), propagate(self.model, self.rules) as propagation:
-            logits = self._logits(ids, mask, requests)
+            output = self.model(**inputs).logits
+            logits = [_Logits(row, kept) for row in output]
             scalars = [
                 [[self._scalar(slot, at, form) for slot in row] for row in request.rows]
                 for request, at in zip(requests, logits, strict=True)
@@ -231,29 +244,34 @@ class Explainer:
                 [torch.stack([s.value(at(s.position)) for s in row]).sum() for row in rows]
                 for rows, at in zip(scalars, logits, strict=True)
             ]
-        relevance = self._relevance(propagation, values, ids)
-        if relevance[:, ~mask.bool()].count_nonzero():
-            raise ModelError(f"{self.name} lets padding take part in its decision: explain its texts one at a time")
+        relevance = self._relevance(propagation, values, inputs["input_ids"])
+        for k, request in enumerate(requests):
+            if relevance[:, k, len(request.ids) :].count_nonzero():
+                raise ModelError(f"{self.name} lets padding take part in its decision: explain its texts one at a time")
         return [
             self._explanation(request, relevance[: len(rows), k, : len(request.ids)], rows, values[k], logits[k], form)
             for k, (request, rows) in enumerate(zip(requests, scalars, strict=True))
         ]
 
-    def _logits(self, ids: Tensor, mask: Tensor, requests: list[_Request]) -> list[_Logits]:
-        """The logits of each request at its explained positions, the only ones that are computed if the model allows it."""
-        device = self.model.device
-        inputs: dict[str, Any] = {"input_ids": ids.to(device)}
-        if not mask.all():
-            inputs["attention_mask"] = mask.to(device)
+    def _inputs(self, requests: list[_Request]) -> tuple[dict[str, Any], dict[int | None, int]]:
+        """Padded model inputs, and where each explained position is found in the logits.
+
+        If the model allows it, the logits of these positions are the only ones that it computes: with a large
+        vocabulary the head is most of the cost.
+        """
+        device, length = self.model.device, max(len(r.ids) for r in requests)
+        ids = [r.ids + [self._pad] * (length - len(r.ids)) for r in requests]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=device)}
+        if any(len(r.ids) < length for r in requests):
+            mask = [[1] * len(r.ids) + [0] * (length - len(r.ids)) for r in requests]
+            inputs["attention_mask"] = torch.tensor(mask, device=device)
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
         positions = sorted({s.position for r in requests for row in r.rows for s in row if s.position is not None})
-        kept: dict[int | None, int] = {p: p for p in positions}
         if positions and "logits_to_keep" in self._accepted:
             inputs["logits_to_keep"] = torch.tensor(positions, device=device)
-            kept = {p: k for k, p in enumerate(positions)}
-        logits = self.model(**inputs).logits
-        return [_Logits(logits[k], kept) for k in range(len(requests))]
+            return inputs, {p: k for k, p in enumerate(positions)}
+        return inputs, {p: p for p in positions}
 
     def _scalar(self, slot: _Slot, logits: _Logits, form: _Form) -> Scalar:
         row = logits(slot.position)

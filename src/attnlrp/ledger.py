@@ -116,6 +116,19 @@ class Ledger:
         """Sums over the entries of one operation."""
         return _grouped(self.entries, lambda e: (e.operation, ""))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to JSON; entries of the same operation and module are summed."""
+        entries = _grouped(self.entries, lambda e: (e.operation, e.module))
+        return {
+            "target": self.target,
+            "inputs": self.inputs,
+            "absorbed": self.absorbed,
+            "error": self.error,
+            "closes": self.closes,
+            "leaks": [vars(e) | {"leak": e.leak} for e in self.leaks()],
+            "entries": [vars(e) | {"leak": e.leak} for e in entries],
+        }
+
     def by_module(self, depth: int | None = None) -> list[Entry]:
         """Sums over the entries of one module; `depth` joins what lies below that many path parts."""
         return _grouped(self.entries, lambda e: ("", ".".join(e.module.split(" ")[0].split(".")[:depth])))

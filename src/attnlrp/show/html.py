@@ -39,7 +39,6 @@ def fragment(explanation: Explanation) -> str:
 
 @cache
 def _environment() -> Environment:
-    # The package path of the renderers themselves, so that the templates are found in a zip file too.
     loader = PackageLoader("attnlrp.show", "templates")
     return Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
@@ -74,6 +73,7 @@ def _target(explanation: Explanation, k: int) -> dict[str, Any]:
     return {
         "label": text.label(target.token),
         "unit": target.unit,
+        "read": target.position is not None,
         "facts": text.facts(explanation, target),
         "runners_up": text.runners_up(target),
         "ends": (text.signed(-end), text.signed(end)),
@@ -85,14 +85,17 @@ def _target(explanation: Explanation, k: int) -> dict[str, Any]:
 def _segments(explanation: Explanation, values: list[str], levels: list[int]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The cells of the heat map of the first target, grouped by the origin of their tokens."""
     first = explanation.targets[0]
+    fields = zip(explanation.tokens, values, levels, explanation.special, strict=True)
     cells = [
-        {"text": text.inline(token), "value": f"{value} {first.unit}", "level": level, "special": special, "read": i}
-        for i, (token, value, level, special) in enumerate(
-            zip(explanation.tokens, values, levels, explanation.special, strict=True)
-        )
+        {
+            "text": text.inline(token),
+            "value": f"{value} {first.unit}",
+            "level": level,
+            "special": special,
+            "read": i == first.position,
+        }
+        for i, (token, value, level, special) in enumerate(fields)
     ]
-    for cell in cells:
-        cell["read"] = cell["read"] == first.position
     pairs = zip(explanation.segments, cells, strict=True)
     return [(name, [cell for _, cell in group]) for name, group in groupby(pairs, key=lambda pair: pair[0])]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -48,7 +48,7 @@ def _single(explanation: Explanation, top: int, dark: bool) -> list[RenderableTy
     if explanation.targets[0].candidates:
         parts.append(_candidates(explanation.targets[0]))
     parts += [Text(), _heat(explanation, 0, dark), Text(), _legend(explanation, 0, dark), Text()]
-    return [*parts, _table(explanation, top, dark), Text(), Text(text.balance(explanation, 0), style="dim")]
+    return [*parts, _table(explanation, top), Text(), Text(text.balance(explanation, 0), style="dim")]
 
 
 def _lines(explanation: Explanation, dark: bool) -> list[RenderableType]:
@@ -75,7 +75,8 @@ def _heat(explanation: Explanation, row: int, dark: bool) -> Text:
 def _line(explanation: Explanation, row: int, dark: bool) -> Text:
     """The heat map in short: no line breaks, nothing behind the last token that counts."""
     values = colours.normalise(explanation.relevance[row].tolist())
-    last = max([explanation.targets[row].position, *(i for i, value in enumerate(values) if value)])
+    read = explanation.targets[row].position or 0
+    last = max([read, *(i for i, value in enumerate(values) if value)])
     keep = _strong(values) if last >= _LONG else [True] * len(values)
     out = Text()
     for i, token in enumerate(explanation.tokens[: last + 1]):
@@ -112,17 +113,17 @@ def _legend(explanation: Explanation, row: int, dark: bool) -> Text:
 
 
 def _target(explanation: Explanation, target: ExplainedTarget) -> Text:
-    out = Text("Target  ", "dim").append(text.isolate(text.label(target.token)), "bold not dim")
+    out = Text("Target        ", "dim").append(text.isolate(text.label(target.token)), "bold not dim")
     return out.append("  ").append(" · ".join(text.facts(explanation, target)), "not dim")
 
 
 def _candidates(target: ExplainedTarget) -> Text:
-    out = Text("Others  ", "dim")
+    out = Text("Other logits  ", "dim")
     listed = (f"{text.isolate(name)} {logit}" for name, logit in text.runners_up(target))
     return out.append(" · ".join(listed), "not dim")
 
 
-def _table(explanation: Explanation, top: int, dark: bool) -> Table:
+def _table(explanation: Explanation, top: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("token", no_wrap=True)
@@ -133,8 +134,8 @@ def _table(explanation: Explanation, top: int, dark: bool) -> Table:
     for rank, entry in enumerate(text.top(explanation, 0, top), start=1):
         colour = colours.scale(math.copysign(1.0, entry.size))
         bar = Text("━" * max(1, round(abs(entry.size) * _BAR)), colour)
-        token = Text(text.isolate(entry.token))
-        table.add_row(str(rank), token, str(entry.position), Text(entry.relevance), Text(entry.share), bar)
+        words = (str(rank), text.isolate(entry.token), str(entry.position), entry.relevance, entry.share)
+        table.add_row(*map(Text, words), bar)
     return table
 
 
@@ -145,7 +146,7 @@ class _Matrix:
         self.explanation = explanation
         self.dark = dark
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if 2 * len(self.explanation.tokens) > options.max_width:
             return
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
@@ -156,7 +157,8 @@ class _Matrix:
             numbers = zip(row, colours.normalise(row), strict=True)
             cells = [Text(f"{value:+.2g}" if value else "0", _cell(size, self.dark)) for value, size in numbers]
             table.add_row(Text(text.isolate(text.label(target.token, width=16))), *cells)
-        if console.measure(table).maximum <= options.max_width:
+        unbounded = options.update(max_width=1_000_000)  # a measure is clipped to the width otherwise
+        if console.measure(table, options=unbounded).maximum <= options.max_width:
             yield table
 
 

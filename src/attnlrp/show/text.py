@@ -29,6 +29,7 @@ __all__ = [
 _DIGITS = 4
 _WIDTH = 32
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph separators
+_ABSORBERS = "biases, softmax and constants absorb"
 _PICTURES = {"\n": "↵", "\t": "⇥"}
 _EDGES = re.compile(r"^ +| +$")
 # Joiners between two characters beyond ASCII shape an emoji or a Persian word; elsewhere they are hidden text.
@@ -103,10 +104,11 @@ def quantity(target: ExplainedTarget) -> str:
 
 def facts(explanation: Explanation, target: ExplainedTarget) -> list[str]:
     """What is known of a target besides its name: value, rank, contrast, position."""
-    at = f"read at token {target.position} {isolate(label(explanation.tokens[target.position]))}"
+    read = [] if target.position is None else [(target.position, explanation.tokens[target.position])]
+    at = [f"read at token {position} {isolate(label(token))}" for position, token in read]
     rank = [] if target.rank is None else [f"rank {target.rank}"]
     against = [] if target.against is None else [f"against {isolate(label(target.against))}"]
-    return [quantity(target), *against, *rank, at]
+    return [quantity(target), *against, *rank, *at]
 
 
 def runners_up(target: ExplainedTarget) -> list[tuple[str, str]]:
@@ -130,11 +132,9 @@ def top(explanation: Explanation, target: int, count: int) -> list[TopToken]:
 
 def balance(explanation: Explanation, target: int) -> str:
     """How much of the target reached the input, and where the rest went."""
-    reached = signed(explanation.sum[target])
-    return (
-        f"Relevance sums to {reached} of {quantity(explanation.targets[target])}; "
-        "biases, softmax and constants absorb the rest."
-    )
+    reached, total = signed(explanation.sum[target]), quantity(explanation.targets[target])
+    keeper = "the plain gradient keeps no account of" if explanation.rules == "gradient" else _ABSORBERS
+    return f"Relevance sums to {reached} of {total}; {keeper} the rest."
 
 
 def _visible(token: str) -> str:

@@ -1,0 +1,263 @@
+"""The command line: arguments and calls, no logic."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from attnlrp.errors import AttnLRPError, InputError
+
+if TYPE_CHECKING:
+    from attnlrp.explainer import Explainer
+    from attnlrp.explanation import Explanation
+    from attnlrp.ledger import Ledger
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="attnlrp",
+    help="Explain the decisions of transformers by relevance propagation (AttnLRP).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True, soft_wrap=True)
+
+Text = Annotated[str | None, typer.Argument(help="Text to explain; - reads standard input.", show_default=False)]
+File = Annotated[Path | None, typer.Option("--file", help="Read the text from a file.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
+]
+Target = Annotated[
+    str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)
+]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
+]
+
+
+class Preset(str, enum.Enum):
+    """Names of the presets that a user may choose."""
+
+    attnlrp = "attnlrp"
+    cp_lrp = "cp-lrp"
+    gradient = "gradient"
+    softmax_identity = "softmax-identity"
+    softmax_distribute = "softmax-distribute"
+    softmax_omit = "softmax-omit"
+
+
+Rules = Annotated[Preset, typer.Option("--rules", help="Table of rules; the softmax ones are known to be unstable.")]
+
+
+@app.command()
+def explain(
+    text: Text = None,
+    file: File = None,
+    model: Model = None,
+    target: Target = None,
+    target_sum: Annotated[
+        str | None,
+        typer.Option(help="Continuation of several tokens; explains the sum of their logits.", show_default=False),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Token or class to compare with; <others> is the mean of all others.", show_default=False),
+    ] = None,
+    position: Annotated[
+        list[int] | None,
+        typer.Option(help="Token whose prediction is explained, -1 the last; may be repeated.", show_default=False),
+    ] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Generate N tokens and explain each of them.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Explain the softmax output at this temperature, not the logit.", show_default=False),
+    ] = None,
+    rules: Rules = Preset.attnlrp,
+    words: Annotated[bool, typer.Option("--words", help="Join the pieces of each word.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table of most relevant tokens.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", show_default=False)] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture.", show_default=False)] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write .safetensors, .json, .html, .png, .pdf or .svg.", show_default=False)
+    ] = None,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Show why the model predicts what it predicts: relevance of each input token."""
+    prompt = _text(text, file)
+    if target is not None and target_sum is not None:
+        raise InputError("--target and --target-sum exclude each other")
+    with _progress(json_to) as report:
+        explainer = _explainer(model, rules, device, dtype, report)
+        report("explaining")
+        from attnlrp.targets import Continuation
+
+        explanation = explainer(
+            prompt,
+            target=Continuation(target_sum) if target_sum is not None else _number(target),
+            against=_number(against),
+            position=position,
+            generate=generate,
+            output="logit" if temperature is None else "probability",
+            temperature=1.0 if temperature is None else temperature,
+        )
+        explanation = explanation.merge_words() if words else explanation
+        for path in filter(None, (html, png, save)):
+            report(f"writing {path}")
+            explanation.save(path)
+    if json_to is not None:
+        _write_json(explanation.to_dict(), json_to)
+    if json_to != "-":
+        _show(explanation, top)
+
+
+@app.command()
+def audit(
+    text: Text = None,
+    file: File = None,
+    model: Model = None,
+    target: Target = None,
+    rules: Rules = Preset.attnlrp,
+    depth: Annotated[int, typer.Option(min=1, help="Path parts by which modules are joined.")] = 3,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Account for every unit of relevance: what reached the input, what was absorbed, and where."""
+    prompt = _text(text, file)
+    with _progress(json_to) as report:
+        explainer = _explainer(model, rules, device, dtype, report)
+        report("auditing every operation")
+        ledger = explainer.audit(prompt, target=_number(target))
+    if json_to is not None:
+        _write_json(ledger.to_dict(), json_to)
+    if json_to != "-":
+        _show_ledger(ledger, depth)
+    if not ledger.closes:
+        raise typer.Exit(1)
+
+
+@app.command(name="models")
+def list_models(json_to: Json = None) -> None:
+    """List what is packaged, what is cached, and what the default is."""
+    from attnlrp import demo
+    from attnlrp.models import TASKS, cache_folder, cached_models
+
+    found = {
+        "default": demo.NAME,
+        "packaged": {demo.NAME: demo.installed()},
+        "install": demo.INSTALL,
+        "cache": str(cache_folder()),
+        "cached": [str(path) for path in cached_models()],
+        "tasks": list(TASKS),
+    }
+    if json_to is not None:
+        _write_json(found, json_to)
+    if json_to != "-":
+        console = Console(soft_wrap=True, highlight=False)
+        state = "installed" if demo.installed() else f"not installed: {escape(demo.INSTALL)}"
+        console.print(f"default   {demo.NAME} (packaged, {state})")
+        console.print(f"cache     {found['cache']}")
+        for path in cached_models():
+            console.print(f"          {escape(path.name)}   --model {escape(str(path))}")
+        console.print(f"tasks     {', '.join(TASKS)}: any such model of transformers, by hub name, folder or GGUF file")
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 1 failed, 2 bad usage."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        _fail(error, 2)
+    except (AttnLRPError, OSError) as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, status: int) -> None:
+    errors.print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
+    sys.exit(status)
+
+
+def _text(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise InputError("text: give either a text, - for standard input, or --file")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8").removesuffix("\n")
+        return sys.stdin.read().removesuffix("\n") if text == "-" else str(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file or 'standard input'}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+
+
+def _number(target: str | None) -> str | int | None:
+    """An index written as #42; everything else is the text of a token or the name of a class."""
+    if target is not None and target[:1] == "#" and target[1:].isdigit():
+        return int(target[1:])
+    return target
+
+
+def _explainer(model: str | None, rules: Preset, device: str | None, dtype: str | None, report: Any) -> Explainer:
+    from attnlrp.explainer import Explainer
+    from attnlrp.rules import PRESETS
+
+    return Explainer.from_pretrained(model, rules=PRESETS[rules.value], device=device, dtype=dtype, report=report)
+
+
+@contextmanager
+def _progress(json_to: str | None) -> Iterator[Any]:
+    """One line on standard error that says what takes its time."""
+    with errors.status("starting") as status:
+        yield lambda step: status.update(escape(step))
+
+
+def _show(explanation: Explanation, top: int) -> None:
+    from attnlrp.show import terminal
+
+    Console().print(terminal.render(explanation, top=top))
+
+
+def _show_ledger(ledger: Ledger, depth: int) -> None:
+    console = Console(highlight=False)
+    table = Table("module", "relevance in", "passed on", "absorbed", "leak", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for entry in ledger.by_module(depth):
+        kept = "  ".join(f"{kind} {amount:+.4f}" for kind, amount in entry.absorbed.items() if amount)
+        table.add_row(
+            escape(entry.module), f"{entry.received:+.4f}", f"{entry.passed:+.4f}", kept, f"{entry.leak:+.1e}"
+        )
+    console.print(table)
+    absorbed = "  ".join(f"{kind} {amount:+.4f}" for kind, amount in ledger.absorbed.items())
+    console.print(f"target {ledger.target:+.4f} = input {sum(ledger.inputs.values()):+.4f} + absorbed: {absorbed}")
+    console.print(f"relative error {ledger.error:.1e}: the ledger {'closes' if ledger.closes else 'does not close'}")
+    for entry in ledger.leaks()[:10]:
+        console.print(f"leak {entry.leak:+.3e} in {escape(entry.operation)} of {escape(entry.module)}", style="red")
+
+
+def _write_json(data: dict[str, Any], path: str) -> None:
+    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
+    if path == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Path(path).write_text(text, encoding="utf-8")
+
