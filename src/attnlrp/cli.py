@@ -44,9 +44,7 @@ Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
 ]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)
-]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
 ]
@@ -204,7 +202,9 @@ def _text(text: str | None, file: Path | None) -> str:
             return file.read_text(encoding="utf-8").removesuffix("\n")
         return sys.stdin.read().removesuffix("\n") if text == "-" else str(text)
     except UnicodeDecodeError as error:
-        raise InputError(f"{file or 'standard input'}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(
+            f"{file or 'standard input'}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
 
@@ -260,4 +260,3 @@ def _write_json(data: dict[str, Any], path: str) -> None:
         sys.stdout.write(text + "\n")
     else:
         Path(path).write_text(text, encoding="utf-8")
-

@@ -33,9 +33,7 @@ OnUnknown = Literal["error", "warn", "gradient"]
 
 
 @contextmanager
-def propagate(
-    model: nn.Module, rules: Rules = ATTNLRP, *, on_unknown: OnUnknown = "error"
-) -> Iterator[Propagation]:
+def propagate(model: nn.Module, rules: Rules = ATTNLRP, *, on_unknown: OnUnknown = "error") -> Iterator[Propagation]:
     """Apply relevance propagation rules to what `model` computes inside the block.
 
     The forward pass stays the model's own. Gradients taken of its outputs, inside or after the block, are the
@@ -86,7 +84,9 @@ class Propagation(TorchFunctionMode):
         self._outer: Propagation | None = None
 
     def __enter__(self) -> Propagation:
-        self._outer = next((m for m in reversed(_get_current_function_mode_stack()) if isinstance(m, Propagation)), None)
+        self._outer = next(
+            (m for m in reversed(_get_current_function_mode_stack()) if isinstance(m, Propagation)), None
+        )
         if self._outer is not None:
             self._outer._shadows += 1
         if self.rules:
@@ -138,7 +138,9 @@ class Propagation(TorchFunctionMode):
             return rule(func, *args, **kwargs)
         return _by_rule(rule, operation, args, kwargs)
 
-    def _attend(self, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _attend(
+        self, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         assert self._shares is not None
         mask = kwargs.get("attn_mask", args[0] if args else None)
         q, k, v = self._shares(live(query), live(key), live(value))

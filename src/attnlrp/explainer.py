@@ -181,7 +181,9 @@ class Explainer:
             return self._continuation(ids, targets, positions)
         count = max(len(positions), len(targets))
         if {len(positions), len(targets)} - {1, count}:
-            raise InputError(f"got {len(targets)} targets and {len(positions)} positions, expected as many, or one of them")
+            raise InputError(
+                f"got {len(targets)} targets and {len(positions)} positions, expected as many, or one of them"
+            )
         positions, targets = positions * (count // len(positions)), targets * (count // len(targets))
         return _Request(ids, len(ids), [[_Slot(p, t)] for p, t in zip(positions, targets, strict=True)])
 
@@ -299,7 +301,9 @@ class Explainer:
         """value * gradient, summed over the hidden dimension in float32 or better: (target, batch, token)."""
         inputs = [x for shown, x in propagation.embeddings if shown.shape == ids.shape]
         if not inputs:
-            raise ModelError(f"{self.name} does not look its tokens up in get_input_embeddings(): use attnlrp.propagate")
+            raise ModelError(
+                f"{self.name} does not look its tokens up in get_input_embeddings(): use attnlrp.propagate"
+            )
         count = max(map(len, values))
         result = []
         for k in range(count):

@@ -209,7 +209,9 @@ class Explanation:
                     return cls.from_dict(data | {"relevance": file.get_tensor("relevance")})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: not an explanation saved by attnlrp ({error!r})") from error
-        raise InputError(f"{path}: cannot load {path.suffix or 'a file without suffix'}; expected .safetensors or .json")
+        raise InputError(
+            f"{path}: cannot load {path.suffix or 'a file without suffix'}; expected .safetensors or .json"
+        )
 
     def show(self) -> None:
         """Print the heat map to the terminal (in a notebook, the object shows itself)."""

@@ -42,7 +42,10 @@ def cached_models() -> list[Path]:
 
 
 def load(
-    name: str | Path | None = None, *, device: str | None = None, dtype: str | torch.dtype | None = None,
+    name: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
     report: Report | None = None,
 ) -> tuple[Any, Any, str]:
     """Load a model for evaluation, and its tokenizer.

@@ -111,9 +111,7 @@ class stabilised_identity:
     """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9)."""
 
     def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        return _Identity.apply(
-            x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t)
-        )
+        return _Identity.apply(x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t))
 
 
 def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
@@ -312,7 +310,20 @@ def _quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
 
 # --- the tables -------------------------------------------------------------------------------------------------
 
-_GATES = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "exp2", "cos", "cosh", "erfc", "log", "log2", "sqrt")
+_GATES = (
+    "sigmoid",
+    "hardsigmoid",
+    "logsigmoid",
+    "softplus",
+    "exp",
+    "exp2",
+    "cos",
+    "cosh",
+    "erfc",
+    "log",
+    "log2",
+    "sqrt",
+)
 _QUOTIENTS = (
     *("activation", "tanh", "erf", "sin", "sinh", "asin", "asinh", "atan", "tan", "expm1", "log1p", "softsign"),
     *("elu", "selu", "celu", "relu6", "hardtanh", "softshrink", "hardshrink", "tanhshrink"),
@@ -454,9 +465,7 @@ class _Normalise(RuleFunction):
 
 class _Softmax(RuleFunction):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], dim: int, rule: Callable[..., Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], dim: int, rule: Callable[..., Tensor]) -> Tensor:
         s = op(x)
         ctx.save_for_backward(x, s)
         ctx.dim, ctx.rule = dim, rule

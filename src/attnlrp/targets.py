@@ -115,4 +115,6 @@ def class_index(target: str | int, labels: Sequence[str], *, option: str = "targ
         return labels.index(target)
     if isinstance(target, str) and target.isdigit() and int(target) < len(labels):
         return int(target)
-    raise TargetError(f"{option}: got {target!r}, expected one of the classes {list(labels)} or an index below {len(labels)}")
+    raise TargetError(
+        f"{option}: got {target!r}, expected one of the classes {list(labels)} or an index below {len(labels)}"
+    )
