@@ -23,9 +23,10 @@ from torch.overrides import (
     resolve_name,
 )
 
+from attnlrp.backward import RuleFunction, live, scale_gradient
 from attnlrp.errors import UnknownOperationError
 from attnlrp.operations import COMPOSITES, PASSED, Operation, find
-from attnlrp.rules import ATTNLRP, RuleFunction, Rules, attention_shares, gradient, live, scale_gradient
+from attnlrp.rules import ATTNLRP, Rules, attention_shares, gradient
 
 __all__ = ["Propagation", "propagate"]
 
@@ -91,11 +92,11 @@ class Propagation(TorchFunctionMode):
             self._outer._shadows += 1
         if self.rules:
             _claim_activations(self.model)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         if self.rules:
             _release_activations(self.model)
         if self._outer is not None:
@@ -314,13 +315,13 @@ def _follow_checkpoint(propagation: Propagation) -> None:
     """Inside a checkpointed region, make its recomputation run under the same rules.
 
     The recomputation happens in the backward pass: outside of the block, and on a GPU in another thread. torch offers
-    `context_fn` for it, but only to the caller of `checkpoint`, which is the model; so the region's frame is reached through
-    its saved-tensor hooks.
+    `context_fn` for it, but only to the caller of `checkpoint`, which is the model; so the region's frame is reached
+    through its saved-tensor hooks.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
         return
-    cells = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True))
+    cells = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__ or (), strict=True))
     frame = cells["frame"].cell_contents
     if not hasattr(frame.recompute_fn, "propagation"):
         frame.recompute_fn = _Recomputation(frame.recompute_fn, propagation)

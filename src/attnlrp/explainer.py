@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from attnlrp import __version__, models
 from attnlrp.engine import Propagation, propagate
@@ -25,6 +26,15 @@ from attnlrp.tokens import pieces, words
 __all__ = ["Explainer"]
 
 CANDIDATES = 5
+
+
+class _Options(TypedDict, total=False):
+    target: Target | Sequence[Target]
+    against: str | int | None
+    position: int | Sequence[int] | None
+    generate: int
+    output: Output
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -86,17 +96,17 @@ class Explainer:
         dtype: str | torch.dtype | None = None,
         report: models.Report | None = None,
     ) -> Explainer:
-        """Load a model by hub name, folder or GGUF file; without a name, the packaged one. See `attnlrp.models.load`."""
+        """Load a model by hub name, folder or GGUF file; without a name the packaged one (see `models.load`)."""
         model, tokenizer, shown = models.load(name, device=device, dtype=dtype, report=report)
         return cls(model, tokenizer, rules=rules, name=shown)
 
     @overload
-    def __call__(self, text: str, **options: Any) -> Explanation: ...
+    def __call__(self, text: str, **options: Unpack[_Options]) -> Explanation: ...
     @overload
-    def __call__(self, text: Sequence[str], **options: Any) -> list[Explanation]: ...
+    def __call__(self, text: list[str] | tuple[str, ...], **options: Unpack[_Options]) -> list[Explanation]: ...
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | list[str] | tuple[str, ...],
         *,
         target: Target | Sequence[Target] = None,
         against: str | int | None = None,
@@ -109,8 +119,8 @@ class Explainer:
 
         Args:
             text: the prompt, or a list of them.
-            target: the output to explain: text or index of a token, name or index of a class, a `Continuation` for the sum
-                over several tokens; None for the model's own prediction. A list gives one row each.
+            target: the output to explain: text or index of a token, name or index of a class, a `Continuation` for the
+                sum over several tokens; None for the model's own prediction. A list gives one row each.
             against: an output to compare with (the difference of logits is explained), or `attnlrp.OTHERS`.
             position: token whose next-token prediction is explained, negative from the end; default: the last. A list
                 gives one row each.
@@ -157,7 +167,7 @@ class Explainer:
             raise InputError(f"text: got {texts!r:.60}, expected a string or a list of strings")
         if form.output not in ("logit", "probability"):
             raise InputError(f"output: got {form.output!r}, expected 'logit' or 'probability'")
-        if form.output == "logit" and form.temperature != 1 or not form.temperature > 0:
+        if (form.output == "logit" and form.temperature != 1) or not form.temperature > 0:
             raise InputError(f"temperature: got {form.temperature}, expected more than 0, and output='probability'")
         if form.output == "probability" and form.against is not None:
             raise InputError("against: a contrast is a difference of logits; it excludes output='probability'")
@@ -350,14 +360,13 @@ class Explainer:
         at = logits(first.position).detach().float()
         best = at.topk(min(CANDIDATES, len(at)))
         candidates = [Candidate(self._name(i), i, v) for v, i in zip(*(t.tolist() for t in best), strict=True)]
-        against = first.against if first.against in (None, OTHERS) else self._name(int(first.against))  # type: ignore[arg-type]
         return ExplainedTarget(
             token=self._name(*(s.id for s in row)),
             id=first.id if len(row) == 1 else None,
             position=first.position,
             logit=value,
             rank=int((at > at[first.id]).sum()) + 1 if len(row) == 1 else None,
-            against=against,  # type: ignore[arg-type]
+            against=self._name(first.against) if isinstance(first.against, int) else first.against,
             unit=form.output,
             candidates=tuple(candidates),
         )
@@ -407,7 +416,8 @@ def _memory() -> Iterator[None]:
         reason = error
     else:
         return
+    said = str(reason).splitlines() or [type(reason).__name__]
     raise OutOfMemoryError(
-        "out of memory: explain fewer texts at a time, use bfloat16 (--dtype bfloat16), a shorter text, or a device with more "
-        f"memory (--device); the system said: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
+        "out of memory: explain fewer texts at a time, use bfloat16 (--dtype bfloat16), a shorter text, or a device "
+        f"with more memory (--device); the system said: {said[0]}"
     ) from reason

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnlrp.backward import RuleFunction, live
 from attnlrp.engine import OnUnknown, Propagation, activation_forward, module_path
 from attnlrp.errors import InputError
 from attnlrp.operations import COMPOSITES, VIEWS, Operation, find
-from attnlrp.rules import ATTNLRP, RuleFunction, Rules, epsilon, gradient, live, stabilised_identity
+from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, stabilised_identity
 
 __all__ = ["ABSORBERS", "Entry", "Ledger", "audit"]
 
@@ -162,12 +163,13 @@ def audit(
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name:
             leaves[name] = arguments[name] = value.detach().clone().requires_grad_()
-    with torch.enable_grad(), _Bookkeeping(model, rules, on_unknown=on_unknown) as books:
+    books = _Bookkeeping(model, rules, on_unknown=on_unknown)
+    with torch.enable_grad(), books:
         explained = (target or largest_logit)(model(**arguments))
     if explained.numel() != 1 or not explained.requires_grad:
         raise InputError(
-            f"audit: the target must be one number that depends on the inputs, got shape {tuple(explained.shape)}, "
-            f"{'dependent' if explained.requires_grad else 'independent'} of the inputs; pass target=function of the output"
+            f"audit: the target has shape {tuple(explained.shape)} and does {'' if explained.requires_grad else 'not '}"
+            "depend on the inputs; expected one number that does: pass target=function of the model's output"
         )
     leaves |= {f"embeddings {k}" if k else "embeddings": x for k, (_, x) in enumerate(books.embeddings)}
     grads = torch.autograd.grad(explained.sum(), list(leaves.values()), allow_unused=True)
@@ -213,7 +215,7 @@ class _Bookkeeping(Propagation):
         target = args[0] if operation and operation.in_place else None
         offsets = self._offsets(entry, func, args, kwargs)
         logits = next((t.detach() for t in _tensors(args, kwargs) if live(t)), None) if "softmax" in name else None
-        args, kwargs = _mapped((args, kwargs), lambda x: _Probe.apply(x, entry) if live(x) else x)
+        args, kwargs = _mapped((args, kwargs), lambda x: _Probe.on(x, entry) if live(x) else x)
         if target is not None and not live(target):
             args = (target.clone(), *args[1:])
         result = super()._apply(func, args, kwargs)

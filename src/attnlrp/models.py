@@ -69,7 +69,7 @@ def load(
         path = _converted(path, say)
     elif path.exists() and not path.is_dir():
         raise ModelError(f"{path}: got a file that is not GGUF, expected a folder, a .gguf file, or a hub name")
-    elif not path.exists() and (path.is_absolute() or len(path.parts) != 2 and str(name).startswith((".", "~"))):
+    elif not path.exists() and (path.is_absolute() or (len(path.parts) != 2 and str(name).startswith((".", "~")))):
         raise ModelError(f"{path}: no such folder; expected a folder, a .gguf file, or a hub name")
     say(f"loading {shown}")
     model, tokenizer = _from_folder(str(path), _dtype(dtype))

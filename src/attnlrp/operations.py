@@ -116,8 +116,8 @@ NEUTRAL = VIEWS | frozenset(
     # linear in their live inputs
     "__add__ __radd__ __sub__ add sub subtract neg negative positive sum mean nansum nanmean cumsum "
     "cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag "
-    "diag diag_embed diagonal_scatter diagflat trace tril triu flip fliplr flipud roll rot90 repeat repeat_interleave tile "
-    "pad constant_pad_nd fold im2col col2im pixel_shuffle pixel_unshuffle native_channel_shuffle channel_shuffle "
+    "diag diag_embed diagonal_scatter diagflat trace tril triu flip fliplr flipud roll rot90 repeat repeat_interleave "
+    "tile pad constant_pad_nd fold im2col col2im pixel_shuffle pixel_unshuffle native_channel_shuffle channel_shuffle "
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d lp_pool1d lp_pool2d "
     "interpolate upsample upsample_bilinear upsample_nearest grid_sample affine_grid "
     "embedding embedding_bag one_hot clone to type type_as float double half bfloat16 cpu cuda conj "
@@ -160,12 +160,14 @@ def scaled_dot_product_attention(
         scores = scores + attn_mask
     empty = torch.isneginf(scores.detach()).all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
-    return F.dropout(weights, dropout_p) @ value
+    output: Tensor = F.dropout(weights, dropout_p) @ value
+    return output
 
 
 def lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     """start + weight * (end - start)."""
-    return start + weight * (end - start)
+    result: Tensor = start + weight * (end - start)
+    return result
 
 
 def addcdiv(first: Tensor, numerator: Tensor, denominator: Tensor, *, value: float = 1) -> Tensor:
@@ -182,10 +184,11 @@ def glu(x: Tensor, dim: int = -1) -> Tensor:
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """x1 . x2 / (|x1| |x2|)."""
     norms = [torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp(min=eps) for x in (x1, x2)]
-    return ((x1 / norms[0]) * (x2 / norms[1])).sum(dim)
+    product: Tensor = (x1 / norms[0]) * (x2 / norms[1])
+    return product.sum(dim)
 
 
-def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
+def _without_override_check(function: Any) -> Callable[..., Any]:
     """The Python body of a torch function, entered without asking for overrides again.
 
     Inside the body every operation is seen one by one, so that a composite needs no copy of its code here.
@@ -232,8 +235,8 @@ PASSED: frozenset[Any] = frozenset(
 
 # --- the table of spellings ---------------------------------------------------------------------------------------
 
-_NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn, torch._C._special, torch._C._fft)
-_REVERSED = {
+_NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)
+_REVERSED: dict[Any, tuple[str, Callable[..., Any]]] = {
     Tensor.__rdiv__: ("div", lambda b, a: a / b),
     Tensor.__rpow__: ("pow", lambda b, a: torch.pow(a, b)),
     Tensor.__rmatmul__: ("matmul", lambda b, a: torch.matmul(a, b)),

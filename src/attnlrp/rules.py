@@ -18,8 +18,23 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
+
+from attnlrp.backward import (
+    Epsilon,
+    Identity,
+    Normalise,
+    Softmax,
+    count_live,
+    deviation,
+    distributed,
+    live,
+    omitted,
+    per_channel,
+    scaled,
+    stabilise,
+    wide,
+)
 
 __all__ = [
     "ATTNLRP",
@@ -46,20 +61,6 @@ Rules: TypeAlias = Mapping[Any, Rule]
 """Canonical operation name (or the function itself, for an operation of your own) -> rule."""
 
 
-def live(value: object) -> bool:
-    """Whether relevance flows into `value`."""
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def stabilise(z: Tensor, eps: float | None = None) -> Tensor:
-    """z + eps * sign(z), with sign(0) = 1: the one stabiliser of a denominator.
-
-    Without `eps` it is scaled to the precision: sqrt(machine epsilon) of z's dtype.
-    """
-    eps = math.sqrt(torch.finfo(z.dtype).eps) if eps is None else eps
-    return z + torch.where(z < 0, -eps, eps)
-
-
 # --- eq. 8: linear layers ---------------------------------------------------------------------------------------
 
 
@@ -82,7 +83,7 @@ class epsilon:
     value: float
 
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return _Epsilon.apply(op(*args, **kwargs), self.value)
+        return Epsilon.on(op(*args, **kwargs), self.value)
 
 
 # --- eq. 9: element-wise non-linearities ----------------------------------------------------------------------
@@ -102,8 +103,8 @@ class identity:
     def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         if not live(x):
             return constant(op, x, *args, **kwargs)
-        ratio = self.ratio or _quotient(op)
-        return _Identity.apply(x, lambda t: op(t, *args, **kwargs), lambda t: ratio(t, *args, **kwargs))
+        ratio = self.ratio or quotient(op)
+        return Identity.on(x, lambda t: op(t, *args, **kwargs), lambda t: ratio(t, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class stabilised_identity:
     """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9)."""
 
     def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        return _Identity.apply(x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t))
+        return Identity.on(x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t))
 
 
 def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
@@ -149,7 +150,7 @@ def softmax_distribute(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: 
 
     x_mean = sum_j s_j x_j; N counts the logits that are not masked. Explodes: for the record only.
     """
-    return _softmax_variant(op, x, args, kwargs, _distributed)
+    return _softmax_variant(op, x, args, kwargs, distributed)
 
 
 def softmax_omit(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -157,7 +158,14 @@ def softmax_omit(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -
 
     d crosses zero, so it is stabilised. Explodes: for the record only.
     """
-    return _softmax_variant(op, x, args, kwargs, _omitted)
+    return _softmax_variant(op, x, args, kwargs, omitted)
+
+
+def _softmax_variant(
+    op: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Callable[..., Tensor]
+) -> Tensor:
+    dim = kwargs["dim"] if "dim" in kwargs else args[0]
+    return Softmax.on(x, lambda t: op(t, *args, **kwargs), dim, rule)
 
 
 # --- props. 3.2 and 3.3: products -----------------------------------------------------------------------------
@@ -165,10 +173,10 @@ def softmax_omit(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -
 
 def uniform(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """R_i = R_j / n for each of n live factors, element-wise (prop. 3.2) or summed over (prop. 3.3: half to each)."""
-    count = sum(_count_live(a) for a in (*args, *kwargs.values()))
+    count = sum(count_live(a) for a in (*args, *kwargs.values()))
     if count < 2:
         return op(*args, **kwargs)
-    return op(*(_scaled(a, 1 / count) for a in args), **{k: _scaled(a, 1 / count) for k, a in kwargs.items()})
+    return op(*(scaled(a, 1 / count) for a in args), **{k: scaled(a, 1 / count) for k, a in kwargs.items()})
 
 
 def uniform_after_first(op: Callable[..., Any], first: Any, *factors: Any, **kwargs: Any) -> Any:
@@ -229,7 +237,7 @@ def layer_norm(
         return y, rstd
 
     dims = tuple(range(-len(normalized_shape), 0))
-    return _Normalise.apply(x, forward, weight, x.shape, dims, True)  # type: ignore[no-any-return,no-untyped-call]
+    return Normalise.on(x, forward, weight, x.shape, dims, True)
 
 
 def rms_norm(
@@ -239,11 +247,10 @@ def rms_norm(
     dims = tuple(range(-len(normalized_shape), 0))
 
     def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        wide = _wide(t)
-        mean = wide.square().mean(dims, keepdim=True)
+        mean = wide(t).square().mean(dims, keepdim=True)
         return op(t, normalized_shape, weight, eps), (mean + (torch.finfo(t.dtype).eps if eps is None else eps)).rsqrt()
 
-    return _Normalise.apply(x, forward, weight, x.shape, dims, False)  # type: ignore[no-any-return,no-untyped-call]
+    return Normalise.on(x, forward, weight, x.shape, dims, False)
 
 
 def group_norm(
@@ -259,9 +266,9 @@ def group_norm(
     grouped = (x.shape[0], num_groups, -1)
 
     def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        return op(t, num_groups, weight, bias, eps), _deviation(t.reshape(grouped), (2,), eps)
+        return op(t, num_groups, weight, bias, eps), deviation(t.reshape(grouped), (2,), eps)
 
-    return _Normalise.apply(x, forward, _per_channel(weight, x), grouped, (2,), True)  # type: ignore[no-any-return,no-untyped-call]
+    return Normalise.on(x, forward, per_channel(weight, x), grouped, (2,), True)
 
 
 def batch_norm(
@@ -283,9 +290,9 @@ def batch_norm(
     dims = (0, *range(2, x.dim()))
 
     def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        return F.batch_norm(t, *args), _deviation(t, dims, eps)
+        return F.batch_norm(t, *args), deviation(t, dims, eps)
 
-    return _Normalise.apply(x, forward, _per_channel(weight, x), x.shape, dims, True)  # type: ignore[no-any-return,no-untyped-call]
+    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, True)
 
 
 # --- closed forms of f(x)/x -------------------------------------------------------------------------------------
@@ -298,7 +305,7 @@ def gelu_ratio(x: Tensor, approximate: str = "none") -> Tensor:
     return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
-def _quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
+def quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
     """f(x)/x; at x = 0 its limit f'(0), taken at the smallest x for which f(x) = f'(0) x in floating point."""
 
     def ratio(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -378,7 +385,7 @@ GRADIENT: Rules = {}
 SOFTMAX_IDENTITY: Rules = {**ATTNLRP, "softmax": softmax_identity}
 SOFTMAX_DISTRIBUTE: Rules = {**ATTNLRP, "softmax": softmax_distribute}
 SOFTMAX_OMIT: Rules = {**ATTNLRP, "softmax": softmax_omit}
-"""Appendix A.2.1: what happens to the bias of softmax if it does not absorb. Unstable, kept to reproduce the failure."""
+"""Appendix A.2.1: the bias of softmax does not absorb. Unstable: kept to reproduce the failure."""
 
 PRESETS: dict[str, Rules] = {
     "attnlrp": ATTNLRP,
@@ -388,141 +395,3 @@ PRESETS: dict[str, Rules] = {
     "softmax-distribute": SOFTMAX_DISTRIBUTE,
     "softmax-omit": SOFTMAX_OMIT,
 }
-
-
-# --- backward passes --------------------------------------------------------------------------------------------
-
-
-class RuleFunction(Function):
-    """Base of every backward pass of this module, so that the engine can tell them from a model's own functions."""
-
-
-class _Scale(RuleFunction):
-    """Identity whose gradient is multiplied by a factor; only ever used at the input of an operation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.factor, None
-
-
-class _Epsilon(RuleFunction):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.eps = eps
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (z,) = ctx.saved_tensors
-        z = _wide(z)
-        return (grad * (z / stabilise(z, ctx.eps))).to(grad.dtype), None
-
-
-class _Identity(RuleFunction):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], ratio: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.ratio = ratio
-        return op(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return (grad * ctx.ratio(_wide(x))).to(grad.dtype), None, None
-
-
-class _Normalise(RuleFunction):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        op: Callable[[Tensor], tuple[Tensor, Tensor]],
-        weight: Tensor | None,
-        grouped: Any,
-        dims: tuple[int, ...],
-        centred: bool,
-    ) -> Tensor:
-        y, rstd = op(x)
-        ctx.save_for_backward(rstd, weight)
-        ctx.grouped, ctx.dims, ctx.centred = grouped, dims, centred
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        rstd, weight = ctx.saved_tensors
-        g = _wide(grad) if weight is None else _wide(grad) * weight
-        g = g.reshape(ctx.grouped) * rstd
-        if ctx.centred:
-            g = g - g.mean(ctx.dims, keepdim=True)
-        return g.reshape(grad.shape).to(grad.dtype), None, None, None, None, None
-
-
-class _Softmax(RuleFunction):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], dim: int, rule: Callable[..., Tensor]) -> Tensor:
-        s = op(x)
-        ctx.save_for_backward(x, s)
-        ctx.dim, ctx.rule = dim, rule
-        return s
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, s = ctx.saved_tensors
-        masked = torch.isneginf(x)
-        x = _wide(x).masked_fill(masked, 0)
-        relevance = ctx.rule(x, _wide(s), _wide(s * grad), masked, ctx.dim)
-        return (relevance / stabilise(x)).masked_fill(masked, 0).to(grad.dtype), None, None, None
-
-
-def _distributed(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
-    mean = (s * x).sum(dim, keepdim=True)
-    bias = ((1 - x + mean) * r).sum(dim, keepdim=True) / (~masked).sum(dim, keepdim=True)
-    return x * (r - s * r.sum(dim, keepdim=True)) + bias
-
-
-def _omitted(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
-    r = r / stabilise(x - (s * x).sum(dim, keepdim=True))
-    return x * (r - s * r.sum(dim, keepdim=True))
-
-
-def _softmax_variant(
-    op: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Callable[..., Tensor]
-) -> Tensor:
-    dim = kwargs["dim"] if "dim" in kwargs else args[0]
-    return _Softmax.apply(x, lambda t: op(t, *args, **kwargs), dim, rule)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def scale_gradient(x: Any, factor: float) -> Any:
-    """x, with its gradient multiplied by `factor`; 0 makes it a constant."""
-    if factor == 1 or not live(x):
-        return x
-    return x.detach() if factor == 0 else _Scale.apply(x, factor)
-
-
-def _scaled(value: Any, factor: float) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(scale_gradient(v, factor) for v in value)
-    return scale_gradient(value, factor)
-
-
-def _count_live(value: Any) -> int:
-    return sum(map(live, value)) if isinstance(value, (list, tuple)) else int(live(value))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 or better, where ratios and sums are computed."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    return (_wide(x).var(dims, correction=0, keepdim=True) + eps).rsqrt()
-
-
-def _per_channel(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.view(1, -1, *[1] * (x.dim() - 2))

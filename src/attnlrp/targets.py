@@ -59,7 +59,7 @@ class Scalar:
             return chosen
         if self.against == OTHERS:
             return chosen - (logits.sum() - chosen) / (logits.shape[-1] - 1)
-        return chosen - logits[self.against]
+        return chosen - logits[int(self.against)]
 
 
 def token_index(target: str | int, tokenizer: Any, size: int, *, option: str = "target") -> int:
@@ -83,7 +83,7 @@ def token_index(target: str | int, tokenizer: Any, size: int, *, option: str = "
     ids = tokenizer.encode(target, add_special_tokens=False)
     if len(ids) != 1:
         ids = _whole_token(target, tokenizer) or ids
-    if not ids or ids == [tokenizer.unk_token_id] and target != tokenizer.unk_token:
+    if not ids or (ids == [tokenizer.unk_token_id] and target != tokenizer.unk_token):
         raise TargetError(f"{option}: {target!r} is not in the vocabulary; give the text of a token, or its index")
     if len(ids) > 1:
         parts = [tokenizer.decode([i]) for i in ids]
