@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -81,63 +82,89 @@ class Propagation(TorchFunctionMode):
         self.embeddings: list[tuple[Tensor, Tensor]] = []
         self._lookup = _input_embeddings(model)
         self._shares = attention_shares(rules)
+        self._plans: dict[Any, Callable[..., Any] | None] = {}
+        self._activations = list(filter(_is_written_out, model.modules())) if rules else []
         self._shadows = 0  # how many blocks inside this one are open: only the innermost applies
         self._outer: Propagation | None = None
 
     def __enter__(self) -> Propagation:
-        self._outer = next(
-            (m for m in reversed(_get_current_function_mode_stack()) if isinstance(m, Propagation)), None
-        )
+        modes = _get_current_function_mode_stack()
+        self._outer = next((m for m in reversed(modes) if isinstance(m, Propagation)), None)
         if self._outer is not None:
             self._outer._shadows += 1
-        if self.rules:
-            _claim_activations(self.model)
+        _claim(self._activations)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        if self.rules:
-            _release_activations(self.model)
+        _release(self._activations)
         if self._outer is not None:
             self._outer._shadows -= 1
+
+    @contextmanager
+    def _resumed(self) -> Iterator[None]:
+        """The mode, which torch suspends while it handles a call, for the operations inside of that call."""
+        TorchFunctionMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._shadows or func in PASSED or not torch.is_grad_enabled():
+        if self._shadows or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func not in self._plans:
+            self._plans[func] = self._plan(func)
+        if self._plans[func] is None:
             return func(*args, **kwargs)
         if func is F.embedding and self._lookup is not None and self._weight(args, kwargs) is self._lookup.weight:
             return self._embed(func, args, kwargs)
         lives, trainable = _scan(args, kwargs)
-        if trainable and (func.__name__ != "__get__" or find(func)):
+        if trainable:
             args, kwargs = _freeze(args), {k: _freeze(v) for k, v in kwargs.items()}
         if not lives:
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _follow_checkpoint(self)
-            self._refuse_hidden(func, lives)
+            self._refuse_hidden(lives)
         return self._apply(func, args, kwargs)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation with at least one live input, by its rule."""
-        if func is F.scaled_dot_product_attention and self._shares is not None:
-            return self._attend(func, *args, **kwargs)
-        composite = COMPOSITES.get(func) if self.rules else None
-        if composite is not None and func not in self.rules:
-            with self:
-                return composite(*args, **kwargs)
+        plan = self._plans[func]
+        assert plan is not None
+        return plan(*args, **kwargs)
+
+    def _plan(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
+        """How calls of a function are computed, decided once; None hands them on untouched."""
         operation = find(func)
+        if func in PASSED or (operation is None and getattr(func, "__name__", "") == "__get__"):
+            return None
+        if func in self.rules:
+            return partial(_by_rule, self.rules[func], operation or Operation(str(func), func))
+        if func is F.scaled_dot_product_attention and self._shares is not None:
+            return partial(self._attend, func)
         if func is activation_forward:
-            operation, args = _activation(args[0]), args[1:]
-            func = operation.call
-        rule = self.rules.get(func) or (operation and self.rules.get(operation.name, gradient))
-        if rule is None:
-            return self._unknown(func, func(*args, **kwargs))
-        if operation is None or rule is gradient:
-            return rule(func, *args, **kwargs)
-        return _by_rule(rule, operation, args, kwargs)
+            return self._activate
+        if func in COMPOSITES and self.rules:
+            return partial(self._compose, COMPOSITES[func])
+        if operation is None:
+            return partial(self._unknown, func)
+        rule = self.rules.get(operation.name, gradient)
+        return func if rule is gradient else partial(_by_rule, rule, operation)
+
+    def _compose(self, composite: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._resumed():
+            return composite(*args, **kwargs)
+
+    def _activate(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        operation = Operation(_CLOSED_FORMS.get(type(module).__name__, "activation"), _own_forward(module))
+        rule = self.rules.get(operation.name, gradient)
+        return operation.call(*args, **kwargs) if rule is gradient else _by_rule(rule, operation, *args, **kwargs)
 
     def _attend(
         self, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -165,13 +192,14 @@ class Propagation(TorchFunctionMode):
 
     # --- what has no rule -----------------------------------------------------------------------------------------
 
-    def _unknown(self, func: Callable[..., Any], result: Any) -> Any:
+    def _unknown(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         if self.rules and any(map(live, outputs)):
             self._report(resolve_name(func) or getattr(func, "__name__", str(func)))
         return result
 
-    def _refuse_hidden(self, func: Callable[..., Any], lives: list[Tensor]) -> None:
+    def _refuse_hidden(self, lives: list[Tensor]) -> None:
         """Report a custom autograd function, whose call torch does not show, once its output is used."""
         for tensor in lives:
             node = tensor.grad_fn
@@ -236,13 +264,17 @@ def _freeze(value: Any) -> Any:
     return value.detach() if isinstance(value, nn.Parameter) else value
 
 
-def _by_rule(rule: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+_TAKES_IN_PLACE = frozenset({"elu", "selu", "celu", "hardtanh", "relu6", "silu", "mish", "hardswish", "hardsigmoid"})
+"""Functions whose last positional argument may be `inplace`."""
+
+
+def _by_rule(rule: Callable[..., Any], operation: Operation, *args: Any, **kwargs: Any) -> Any:
     """Call a rule out of place, and write its result back where the operation was written in place."""
-    kwargs = dict(kwargs)
     if "input" in kwargs:
         args = (kwargs.pop("input"), *args)
-    in_place = operation.in_place or kwargs.pop("inplace", False)
-    if not in_place:
+    if operation.name in _TAKES_IN_PLACE and isinstance(args[-1], bool):
+        *args, kwargs["inplace"] = args  # type: ignore[assignment]
+    if not (operation.in_place or kwargs.pop("inplace", False)):
         return rule(operation.call, *args, **kwargs)
     target = args[0]
     result = rule(operation.call, target.clone(), *args[1:], **kwargs)
@@ -273,11 +305,6 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
     return module.__dict__.get("_attnlrp_forward") or types.MethodType(type(module).forward, module)
 
 
-def _activation(module: nn.Module) -> Operation:
-    name = _CLOSED_FORMS.get(type(module).__name__, "activation")
-    return Operation(name, _own_forward(module))
-
-
 def _is_written_out(module: nn.Module) -> bool:
     """Whether a module is an activation function; those of torch are single operations already."""
     kind = type(module)
@@ -288,9 +315,9 @@ def _is_written_out(module: nn.Module) -> bool:
     return in_library or name.endswith(("gelu", "geluactivation", "silu", "swish", "mish"))
 
 
-def _claim_activations(model: nn.Module) -> None:
+def _claim(activations: list[nn.Module]) -> None:
     with _claims_lock:
-        for module in filter(_is_written_out, model.modules()):
+        for module in activations:
             _claims[module] = _claims.get(module, 0) + 1
             if _claims[module] == 1:
                 if "forward" in module.__dict__:
@@ -298,9 +325,9 @@ def _claim_activations(model: nn.Module) -> None:
                 module.__dict__["forward"] = types.MethodType(activation_forward, module)
 
 
-def _release_activations(model: nn.Module) -> None:
+def _release(activations: list[nn.Module]) -> None:
     with _claims_lock:
-        for module in filter(_is_written_out, model.modules()):
+        for module in activations:
             _claims[module] -= 1
             if _claims[module] == 0:
                 del _claims[module], module.__dict__["forward"]

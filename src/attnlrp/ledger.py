@@ -203,7 +203,7 @@ class _Bookkeeping(Propagation):
         if (func in COMPOSITES and self.rules) or (operation and operation.name in VIEWS):
             return super()._apply(func, args, kwargs)
         if func in _GROUPED and args[0].dtype == torch.float64:
-            with self:
+            with self._resumed():
                 return grouped_matmul(*args, **kwargs)
         name = operation.name if operation else getattr(func, "__name__", str(func))
         if "dtype" in kwargs and name != "to" and _tensors(args)[0].dtype == torch.float64:
