@@ -211,7 +211,7 @@ def _text(text: str | None, file: Path | None) -> str:
 
 def _number(target: str | None) -> str | int | None:
     """An index written as #42; everything else is the text of a token or the name of a class."""
-    if target is not None and target[:1] == "#" and target[1:].isdigit():
+    if target is not None and target[:1] == "#" and target[1:].isdecimal():
         return int(target[1:])
     return target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import types
@@ -162,7 +163,7 @@ class Propagation(TorchFunctionMode):
             return composite(*args, **kwargs)
 
     def _activate(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        operation = Operation(_CLOSED_FORMS.get(type(module).__name__, "activation"), _own_forward(module))
+        operation = Operation(_CLOSED_FORMS.get(type(module).__name__, "activation"), partial(_own_forward, module))
         rule = self.rules.get(operation.name, gradient)
         return operation.call(*args, **kwargs) if rule is gradient else _by_rule(rule, operation, *args, **kwargs)
 
@@ -205,7 +206,9 @@ class Propagation(TorchFunctionMode):
             node = tensor.grad_fn
             if isinstance(node, BackwardCFunction) and self.rules:
                 function = getattr(type(node), "_forward_cls", type(node))
-                if not issubclass(function, RuleFunction) and function not in self.rules:
+                # what a compiled region runs was seen when it was traced
+                compiled = function.__module__.startswith("torch._functorch._aot_autograd")
+                if not issubclass(function, RuleFunction) and not compiled and function not in self.rules:
                     self._report(f"{function.__module__}.{function.__qualname__} (custom autograd function)")
 
     def _report(self, name: str) -> None:
@@ -284,11 +287,16 @@ def _by_rule(rule: Callable[..., Any], operation: Operation, *args: Any, **kwarg
 # --- activation modules written out in Python are one element-wise function ----------------------------------------
 
 _CLOSED_FORMS = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "MishActivation": "mish",
+    "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
     "AccurateGELUActivation": "gelu_tanh",
     "QuickGELUActivation": "quick_gelu",
 }
+_NAMES = re.compile(r"(gelu|gelutanh|silu|swish|mish|relu|elu)(activation)?$", re.IGNORECASE)
 _claims: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _claims_lock = threading.Lock()
 
@@ -298,21 +306,18 @@ def activation_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
     if has_torch_function_unary(x):
         return handle_torch_function(activation_forward, (x,), self, x, *rest, **kwargs)
-    return _own_forward(self)(x, *rest, **kwargs)
+    return _own_forward(self, x, *rest, **kwargs)
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    return module.__dict__.get("_attnlrp_forward") or types.MethodType(type(module).forward, module)
+def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    replaced = module.__dict__.get("_attnlrp_forward")
+    return type(module).forward(module, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
 
 
 def _is_written_out(module: nn.Module) -> bool:
-    """Whether a module is an activation function; those of torch are single operations already."""
+    """Whether a module is an activation function, by its name; those of torch are single operations already."""
     kind = type(module)
-    if kind.__module__.startswith("torch.") or any(True for _ in module.children()):
-        return False
-    name = kind.__name__.lower()
-    in_library = kind.__module__ == "transformers.activations" and "laplace" not in name and "linear" not in name
-    return in_library or name.endswith(("gelu", "geluactivation", "silu", "swish", "mish"))
+    return not kind.__module__.startswith("torch.") and bool(_NAMES.search(kind.__name__)) and not module._modules
 
 
 def _claim(activations: list[nn.Module]) -> None:

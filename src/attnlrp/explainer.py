@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
 from attnlrp.ledger import Ledger, audit
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
 from attnlrp.targets import OTHERS, Continuation, Output, Scalar, Target, class_index, token_index
-from attnlrp.tokens import pieces, words
+from attnlrp.tokens import name_of, pieces, words
 
 __all__ = ["Explainer"]
 
@@ -137,15 +137,16 @@ class Explainer:
             NumericalError: NaN or infinite logits or relevance.
             OutOfMemoryError: with what to change.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        single = isinstance(text, str) or not isinstance(text, Iterable)
+        texts: list[Any] = [text] if single else list(text)
         self._check(texts, target, position, generate, _Form(against, output, temperature))
         targets = list(target) if isinstance(target, (list, tuple)) else [target]
-        requests = [self._request(t, targets, position, generate) for t in texts]
         form = _Form(against, output, temperature)
         with _memory():
-            batches = [requests] if self._can_share(requests) else [[r] for r in requests]
+            requests = [self._request(t, targets, position, generate) for t in texts]
+            batches = [requests] if self._can_share else [[r] for r in requests]
             explanations = [e for batch in batches for e in self._explain(batch, form)]
-        return explanations[0] if isinstance(text, str) else explanations
+        return explanations[0] if single else explanations
 
     def audit(self, text: str, *, target: str | int | None = None) -> Ledger:
         """Account for every unit of relevance of one explanation. See `attnlrp.audit`."""
@@ -162,9 +163,13 @@ class Explainer:
 
     # --- from options to slots --------------------------------------------------------------------------------------
 
-    def _check(self, texts: list[str], target: Any, position: Any, generate: int, form: _Form) -> None:
+    def _check(self, texts: list[Any], target: Any, position: Any, generate: Any, form: _Form) -> None:
         if not texts or not all(isinstance(t, str) for t in texts):
             raise InputError(f"text: got {texts!r:.60}, expected a string or a list of strings")
+        if isinstance(target, (list, tuple)) and not target:
+            raise InputError("target: got an empty list, expected at least one target, or None for the prediction")
+        if not isinstance(generate, int) or generate < 0:
+            raise InputError(f"generate: got {generate!r}, expected a number of tokens")
         if form.output not in ("logit", "probability"):
             raise InputError(f"output: got {form.output!r}, expected 'logit' or 'probability'")
         if (form.output == "logit" and form.temperature != 1) or not form.temperature > 0:
@@ -173,8 +178,6 @@ class Explainer:
             raise InputError("against: a contrast is a difference of logits; it excludes output='probability'")
         if generate and (target is not None or position is not None):
             raise InputError("generate: explains the generated tokens; it excludes target and position")
-        if generate < 0:
-            raise InputError(f"generate: got {generate}, expected a number of tokens")
         if self.task != "causal-lm" and (generate or position is not None or isinstance(target, Continuation)):
             raise InputError(f"generate, position and Continuation need a causal language model, got {self.task}")
 
@@ -188,7 +191,7 @@ class Explainer:
             return _Request(ids, len(ids), [[_Slot(None, t)] for t in targets])
         positions = [len(ids) - 1] if position is None else _positions(position, len(ids))
         if any(isinstance(t, Continuation) for t in targets):
-            return self._continuation(ids, targets, positions)
+            return self._continuation(text, ids, targets, positions)
         count = max(len(positions), len(targets))
         if {len(positions), len(targets)} - {1, count}:
             raise InputError(
@@ -197,10 +200,14 @@ class Explainer:
         positions, targets = positions * (count // len(positions)), targets * (count // len(targets))
         return _Request(ids, len(ids), [[_Slot(p, t)] for p, t in zip(positions, targets, strict=True)])
 
-    def _continuation(self, ids: list[int], targets: list[Any], positions: list[int]) -> _Request:
+    def _continuation(self, text: str, ids: list[int], targets: list[Any], positions: list[int]) -> _Request:
         if len(targets) != 1 or positions != [len(ids) - 1]:
             raise InputError("target: a Continuation follows the whole prompt and must be the only target")
-        more = self.tokenizer.encode(targets[0].text, add_special_tokens=False)
+        whole = self.tokenizer(text + targets[0].text, verbose=False).input_ids
+        if whole[: len(ids)] == ids:
+            more = whole[len(ids) :]
+        else:  # the last token of the prompt would grow into the continuation
+            more = self.tokenizer.encode(targets[0].text, add_special_tokens=False)
         if not more:
             raise TargetError(f"target: the continuation {targets[0].text!r} has no token")
         self._check_length(len(ids) + len(more) - 1)
@@ -238,10 +245,10 @@ class Explainer:
         pad = self.model.config.get_text_config().pad_token_id
         return int(next((i for i in (pad, self.tokenizer.pad_token_id) if i is not None), 0))
 
-    def _can_share(self, requests: list[_Request]) -> bool:
-        """Whether one forward pass serves them; a decoder with a class head finds its token by the padding's index."""
-        same_length = len({len(r.ids) for r in requests}) == 1
-        return same_length or self.task == "causal-lm" or self.model.config.get_text_config().pad_token_id is not None
+    @property
+    def _can_share(self) -> bool:
+        """Whether one forward pass serves several texts; a decoder with a class head finds its token by the padding's index."""
+        return self.task == "causal-lm" or self.model.config.get_text_config().pad_token_id is not None
 
     def _explain(self, requests: list[_Request], form: _Form) -> list[Explanation]:
         inputs, kept = self._inputs(requests)
@@ -338,7 +345,8 @@ class Explainer:
         form: _Form,
     ) -> Explanation:
         texts = pieces(self.tokenizer, request.ids)
-        special = tuple(i in self.tokenizer.all_special_ids for i in request.ids)
+        specials = set(self.tokenizer.all_special_ids)
+        special = tuple(i in specials for i in request.ids)
         return Explanation(
             tokens=texts,
             token_ids=tuple(request.ids),
@@ -373,7 +381,7 @@ class Explainer:
 
     def _name(self, *ids: int) -> str:
         if self.task == "causal-lm":
-            return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+            return name_of(self.tokenizer, ids)
         return self._labels[ids[0]]
 
 
@@ -394,7 +402,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _positions(position: int | Sequence[int], length: int) -> list[int]:
-    wanted = [position] if isinstance(position, int) else list(position)
+    wanted = list(position) if isinstance(position, Iterable) else [position]
     for p in wanted:
         if not isinstance(p, int) or not -length <= p < length:
             raise InputError(f"position: got {p!r}, expected {-length} to {length - 1} for a text of {length} tokens")

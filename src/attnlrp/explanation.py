@@ -102,6 +102,14 @@ class Explanation:
                 f"got {len(self.targets)} targets and token fields of lengths {sorted(lengths)}"
             )
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Explanation):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.token_ids, self.targets))
+
     @property
     def target(self) -> ExplainedTarget:
         """The only target; with several, pick one of `targets`."""
@@ -150,8 +158,10 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to JSON: relevance is a list of rows, one per target."""
-        data = dataclasses.asdict(self) | {"sum": list(self.sum), "relevance": self.relevance.tolist()}
-        return {"format": FORMAT} | data
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields |= {"relevance": self.relevance.tolist(), "targets": [dataclasses.asdict(t) for t in self.targets]}
+        dtype = str(self.relevance.dtype).removeprefix("torch.")
+        return {"format": FORMAT} | fields | {"sum": list(self.sum), "dtype": dtype}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Explanation:
@@ -167,7 +177,8 @@ class Explanation:
         )
         relevance = fields["relevance"]
         if not isinstance(relevance, Tensor):
-            fields["relevance"] = torch.tensor(relevance).reshape(len(fields["targets"]), len(fields["tokens"]))
+            shape = len(fields["targets"]), len(fields["tokens"])
+            fields["relevance"] = torch.tensor(relevance, dtype=getattr(torch, data["dtype"])).reshape(shape)
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
@@ -197,21 +208,19 @@ class Explanation:
         Raises:
             InputError: the file is not an explanation.
         """
-        path = Path(path)
-        try:
-            if path.suffix == ".json":
-                return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            if path.suffix == ".safetensors":
-                from safetensors import safe_open
+        from safetensors import SafetensorError
 
-                with safe_open(path, framework="pt") as file:
-                    data = json.loads((file.metadata() or {}).get("attnlrp", "{}"))
-                    return cls.from_dict(data | {"relevance": file.get_tensor("relevance")})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: not an explanation saved by attnlrp ({error!r})") from error
-        raise InputError(
-            f"{path}: cannot load {path.suffix or 'a file without suffix'}; expected .safetensors or .json"
-        )
+        path = Path(path)
+        if path.suffix not in (".json", ".safetensors"):
+            raise InputError(
+                f"{path}: cannot load {path.suffix or 'a file without suffix'}; expected .safetensors or .json"
+            )
+        try:
+            return cls.from_dict(_read(path))
+        except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: not an explanation saved by attnlrp ({error!r}); expected a file that Explanation.save wrote"
+            ) from error
 
     def show(self) -> None:
         """Print the heat map to the terminal (in a notebook, the object shows itself)."""
@@ -223,6 +232,18 @@ class Explanation:
         from attnlrp import show
 
         return show.fragment(self)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The data of `to_dict`; from .safetensors, with its relevance as a tensor."""
+    if path.suffix == ".json":
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        data = json.loads((file.metadata() or {})["attnlrp"])
+        return data | {"relevance": file.get_tensor("relevance")}
 
 
 def _join(pieces: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnlrp.errors import TargetError
+from attnlrp.tokens import pieces
 
 __all__ = ["OTHERS", "Continuation", "Output", "Scalar", "Target", "class_index", "token_index"]
 
@@ -86,7 +87,7 @@ def token_index(target: str | int, tokenizer: Any, size: int, *, option: str = "
     if not ids or (ids == [tokenizer.unk_token_id] and target != tokenizer.unk_token):
         raise TargetError(f"{option}: {target!r} is not in the vocabulary; give the text of a token, or its index")
     if len(ids) > 1:
-        parts = [tokenizer.decode([i]) for i in ids]
+        parts = list(pieces(tokenizer, ids))
         raise TargetError(
             f"{option}: {target!r} is {len(ids)} tokens, {parts}, expected one. Explain the sum over its tokens with "
             f"target=attnlrp.Continuation({target!r}) (command line: --target-sum), or choose one of them"
@@ -97,7 +98,7 @@ def token_index(target: str | int, tokenizer: Any, size: int, *, option: str = "
 def _whole_token(text: str, tokenizer: Any) -> list[int]:
     """A token that holds the text as it stands, for tokenizers that add a space of their own before a text."""
     vocabulary = tokenizer.get_vocab()
-    for form in (text, text.replace(" ", "▁"), text.replace(" ", "Ġ"), text.strip()):
+    for form in (text, text.replace(" ", "▁"), text.replace(" ", "Ġ")):
         if form in vocabulary:
             return [vocabulary[form]]
     return []
@@ -113,7 +114,7 @@ def class_index(target: str | int, labels: Sequence[str], *, option: str = "targ
         return target
     if isinstance(target, str) and target in labels:
         return labels.index(target)
-    if isinstance(target, str) and target.isdigit() and int(target) < len(labels):
+    if isinstance(target, str) and target.isdecimal() and int(target) < len(labels):
         return int(target)
     raise TargetError(
         f"{option}: got {target!r}, expected one of the classes {list(labels)} or an index below {len(labels)}"
