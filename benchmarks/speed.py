@@ -16,14 +16,14 @@ import importlib.util
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import attnlrp
 from attnlrp import models
@@ -100,27 +100,13 @@ def seconds(model: Any, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     return rows
 
 
-def peak(line: str = "VmHWM") -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(row.split()[1] for row in status.splitlines() if row.startswith(line)))
-
-
-def measure_memory(name: str, method: str, tokens: int) -> None:
-    model, tokenizer = load(name)
-    ids = inputs(tokenizer, tokens)
-    forward(model, ids[:, :8])
-    sum(p.sum().item() for p in model.parameters())  # memory-mapped weights become resident before the count starts
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak("VmRSS")
-    METHODS[method](model, ids)
-    print(json.dumps({"mebibytes": (peak() - before) / 1024}))
-
-
-def megabytes(name: str, method: str, tokens: int) -> float:
-    command = [sys.executable, __file__, "--model", name, "--memory-of", method, "--tokens", str(tokens)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output.strip().splitlines()[-1])["mebibytes"])
+def peak_mebibytes(model: Any, ids: torch.Tensor, method: Callable[[Any, torch.Tensor], Any]) -> float:
+    """The most bytes that tensors occupy at once, beyond the model, as torch's allocator sees it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        method(model, ids)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate(e.nbytes() for e in events)) / 2**20
 
 
 def machine() -> dict[str, str | int]:
@@ -143,17 +129,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     name = options.model or packaged_smollm2()
-    if options.memory_of:
-        return measure_memory(name, options.memory_of, options.tokens[0])
     model, tokenizer = load(name)
     results: dict[str, Any] = {"model": Path(name).stem, "dtype": "float32", "machine": machine(), "tokens": {}}
     print(f"{'tokens':>6}  {'method':<17} {'seconds':>8} {'ratio':>6}  {'quartiles':<13} {'MiB':>7} {'ratio':>6}")
     for tokens in options.tokens:
         rows = seconds(model, inputs(tokenizer, tokens), options.rounds)
-        memory = {method: statistics.median(megabytes(name, method, tokens) for _ in range(3)) for method in METHODS}
+        memory = {name: peak_mebibytes(model, inputs(tokenizer, tokens), method) for name, method in METHODS.items()}
         for method, row in rows.items():
             row["peak_mebibytes"] = memory[method]
             row["memory_ratio"] = memory[method] / memory["gradient x input"]
@@ -166,7 +149,6 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-    return None
 
 
 if __name__ == "__main__":

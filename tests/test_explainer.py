@@ -10,6 +10,7 @@ from torch import Tensor
 
 import attnlrp
 from attnlrp import ATTNLRP, CP_LRP, GRADIENT, OTHERS, Continuation, Explainer, Explanation
+from nearness import close, same
 from tiny_tokenizers import LABELS, MODELS, build
 
 LANGUAGE = ("llama", "gpt2")
@@ -46,10 +47,6 @@ def reference(
     scalar = torch.stack([weight * row[index] for index, weight in weights.items()]).sum()
     (gradient,) = torch.autograd.grad(scalar, embeddings)
     return (embeddings * gradient).sum(-1).detach()[0]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, b.abs().max().item()))
 
 
 # --- one text ---------------------------------------------------------------------------------------------------
@@ -173,9 +170,9 @@ def test_several_targets_give_a_row_each(name: str) -> None:
 def test_targets_by_text_and_by_name() -> None:
     ours = explainer("gpt2")
     by_text, by_index = explain(ours, target=" capital"), explain(ours, target=ours.tokenizer.encode(" capital")[0])
-    assert by_text == by_index
+    assert same(by_text, by_index)
     ours = explainer("bert")
-    assert explain(ours, target="positive") == explain(ours, target=2)
+    assert same(explain(ours, target="positive"), explain(ours, target=2))
     assert explain(ours, target="neutral", against="positive").target.against == "positive"
 
 
@@ -280,6 +277,17 @@ def test_generation_stops_at_the_end_of_the_text() -> None:
     assert [t.id for t in explanation.targets] == [first]
 
 
+def test_what_was_generated_is_explained_even_if_the_model_is_told_not_to_repeat_itself() -> None:
+    ours = explainer("gpt2")
+    first = explain(ours, generate=3)
+    assert len({t.id for t in first.targets}) < 3, "the test needs a model that repeats itself"
+    ours.model.generation_config.repetition_penalty = 50.0
+    found = explain(ours, generate=3)
+    assert list(found.token_ids) == [*found.token_ids[:-2], *(t.id for t in found.targets[:-1])]
+    assert len({t.id for t in found.targets}) == 3
+    assert {t.rank for t in found.targets} != {1}
+
+
 def test_a_batch_of_generations_of_different_lengths() -> None:
     ours = explainer("gpt2")
     ours.model.generation_config.eos_token_id = explain(ours, TEXTS[0], generate=2).targets[1].id
@@ -346,8 +354,10 @@ def test_options_apply_to_every_text_of_a_batch() -> None:
 
 def test_a_list_of_one_text_gives_a_list() -> None:
     ours = explainer("bert")
-    assert ours([TEXT]) == [ours(TEXT)]
-    assert ours((TEXT,)) == [ours(TEXT)]
+    for texts in ([TEXT], (TEXT,)):
+        (explanation,) = ours(texts)
+        assert isinstance(explanation, Explanation)
+        assert same(explanation, explain(ours))
 
 
 # --- cost -------------------------------------------------------------------------------------------------------
@@ -364,6 +374,15 @@ def test_only_the_explained_logits_are_computed(name: str, options: dict[str, An
     explain(ours, **options)
     hook.remove()
     assert shapes == [(1, rows, 32)]
+
+
+def test_no_cache_of_keys_and_values_is_kept() -> None:
+    ours = explainer("llama")
+    kept: list[Any] = []
+    hook = ours.model.register_forward_hook(lambda _, args, output: kept.append(output.past_key_values))
+    explain(ours)
+    hook.remove()
+    assert kept == [None]
 
 
 def test_several_targets_are_one_forward_pass() -> None:

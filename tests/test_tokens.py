@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attnlrp.tokens import pieces, words
+from attnlrp.tokens import name_of, pieces, words
 from tiny_tokenizers import KINDS, build_tokenizer
 
 PART = re.compile(r"(?P<text>.+)\[(?P<index>\d+)/(?P<count>\d+)\]", re.DOTALL)
@@ -127,6 +127,20 @@ def test_an_index_beyond_the_tokenizer_has_a_name() -> None:
     assert pieces(tokenizer, [tokenizer.encode("x")[0], 5000]) == ("x", "<5000>")
 
 
+def test_a_space_that_the_tokenizer_strips_is_an_empty_piece() -> None:
+    tokenizer = build_tokenizer("sentencepiece")
+    ids = tokenizer.encode("日 is", add_special_tokens=False)
+    assert pieces(tokenizer, ids) == ("", "日[1/3]", "日[2/3]", "日[3/3]", " is")
+
+
+def test_a_name_keeps_its_space_and_a_whole_text_reads_as_one() -> None:
+    for kind in ("bytes", "sentencepiece"):
+        tokenizer = build_tokenizer(kind)
+        ids = tokenizer.encode("the capital of", add_special_tokens=False)
+        assert name_of(tokenizer, ids[-2:]) == " capital of"
+        assert tokenizer.decode(ids[-2:]) == (" capital of" if kind == "bytes" else "capital of")
+
+
 def test_no_token_has_no_piece() -> None:
     assert pieces(build_tokenizer("bytes"), []) == ()
     assert words([], []) == ()
@@ -199,6 +213,10 @@ def test_scripts_without_spaces_have_a_word_for_each_character(text: str) -> Non
     assert len(found) > 1
     if text == "你好世界":
         assert found == list(text)
+
+
+def test_a_script_without_spaces_ends_a_word_of_another() -> None:
+    assert words(["the", "語", "of", "日"], [False] * 4) == (0, 1, 2, 3)
 
 
 def test_white_space_separates_words() -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "RuleFunction",
     "Scale",
     "Softmax",
+    "Substitution",
     "count_live",
     "live",
     "scale_gradient",
@@ -138,6 +139,30 @@ class Softmax(RuleFunction):
         x = wide(x).masked_fill(masked, 0)
         relevance = ctx.rule(x, wide(s), wide(s * grad), masked, ctx.dim)
         return (relevance / stabilise(x)).masked_fill(masked, 0).to(grad.dtype), None, None, None
+
+
+class Substitution(RuleFunction):
+    """x = op(a, b) with a x = b, a triangular: substitution step by step, x_i = (b_i - sum_j a_ij x_j) / a_ii.
+
+    Each product a_ij x_j is shared in halves if both are live, each a_ii is a constant denominator. The gradient h
+    of b then solves (diagonal of a + half of the rest)^T h = g.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, op: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
+        x = op(a, b, **options)
+        ctx.save_for_backward(a, x)
+        ctx.options = options
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, x = ctx.saved_tensors
+        upper, share = ctx.options["upper"], 0.5 if ctx.needs_input_grad[0] else 1.0
+        part = (lambda m: m.triu(1)) if upper else (lambda m: m.tril(-1))
+        shared = torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) + share * part(a)
+        h = torch.linalg.solve_triangular(shared.mT, grad, **{**ctx.options, "upper": not upper})
+        return part(-share * h @ x.mT) if ctx.needs_input_grad[0] else None, h, None, None
 
 
 def distributed(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import (
@@ -128,6 +129,7 @@ class Propagation(TorchFunctionMode):
         if trainable:
             args, kwargs = _freeze(args), {k: _freeze(v) for k, v in kwargs.items()}
         if not lives:
+            self._refuse_vmap(args)
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _follow_checkpoint(self)
@@ -143,7 +145,7 @@ class Propagation(TorchFunctionMode):
     def _plan(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """How calls of a function are computed, decided once; None hands them on untouched."""
         operation = find(func)
-        if func in PASSED or (operation is None and getattr(func, "__name__", "") == "__get__"):
+        if func in PASSED or (operation is None and getattr(func, "__name__", "") in ("__get__", "__set__")):
             return None
         if func in self.rules:
             return partial(_by_rule, self.rules[func], operation or Operation(str(func), func))
@@ -163,7 +165,7 @@ class Propagation(TorchFunctionMode):
             return composite(*args, **kwargs)
 
     def _activate(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        operation = Operation(_CLOSED_FORMS.get(type(module).__name__, "activation"), partial(_own_forward, module))
+        operation = Operation(activation_name(module), partial(_own_forward, module))
         rule = self.rules.get(operation.name, gradient)
         return operation.call(*args, **kwargs) if rule is gradient else _by_rule(rule, operation, *args, **kwargs)
 
@@ -171,13 +173,10 @@ class Propagation(TorchFunctionMode):
         self, func: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         assert self._shares is not None
-        mask = kwargs.get("attn_mask", args[0] if args else None)
-        q, k, v = self._shares(live(query), live(key), live(value))
-        if live(mask):  # a bias computed from the input: reached through the softmax only
-            kwargs["attn_mask"] = scale_gradient(mask, 0 if q == 0 else 0.5 if live(value) and v < 1 else 1)
-            args = args[1:] if args else args
-        inputs = (scale_gradient(query, q), scale_gradient(key, k), scale_gradient(value, v))
-        return func(*inputs, *args, **kwargs)
+        mask, *rest = args or (kwargs.pop("attn_mask", None),)
+        q, k, v, m = self._shares(live(query), live(key), live(value), live(mask))
+        inputs = (scale_gradient(query, q), scale_gradient(key, k), scale_gradient(value, v), scale_gradient(mask, m))
+        return func(*inputs, *rest, **kwargs)
 
     # --- explained inputs -----------------------------------------------------------------------------------------
 
@@ -189,7 +188,7 @@ class Propagation(TorchFunctionMode):
             embeddings: Tensor = func(*args, **kwargs)
         embeddings.requires_grad_()
         self.embeddings.append((kwargs["input"] if "input" in kwargs else args[0], embeddings))
-        return embeddings.view_as(embeddings)  # models may write into it, which a leaf forbids
+        return embeddings.clone()  # models may write into it, which a leaf and its views forbid
 
     # --- what has no rule -----------------------------------------------------------------------------------------
 
@@ -211,15 +210,25 @@ class Propagation(TorchFunctionMode):
                 if not issubclass(function, RuleFunction) and not compiled and function not in self.rules:
                     self._report(f"{function.__module__}.{function.__qualname__} (custom autograd function)")
 
+    def _refuse_vmap(self, args: tuple[Any, ...]) -> None:
+        """Report torch.vmap over a live tensor, which looks like a constant inside."""
+        if torch.compiler.is_compiling() or functorch.maybe_current_level() is None or not self.rules:
+            return
+        for item in args:
+            if isinstance(item, Tensor) and functorch.is_batchedtensor(item) and _unbatched(item).requires_grad:
+                self._report("torch.vmap over an explained tensor")
+
     def _report(self, name: str) -> None:
         if self.on_unknown == "gradient":
             return
         fix = (
-            "reentrant checkpointing is not supported: use torch.utils.checkpoint(..., use_reentrant=False)"
-            if "checkpoint.CheckpointFunction" in name
-            else "add a row to the table, rules=attnlrp.ATTNLRP | {function: rule} with a rule of attnlrp.rules "
+            "add a row to the table, rules=attnlrp.ATTNLRP | {function: rule} with a rule of attnlrp.rules "
             "(see CONTRIBUTING.md, 'Add a rule'), or pass on_unknown='warn' or 'gradient' to keep its plain gradient"
         )
+        if "checkpoint.CheckpointFunction" in name:
+            fix = "reentrant checkpointing is not supported: use torch.utils.checkpoint(..., use_reentrant=False)"
+        if "AutogradFunctionApply" in name:
+            fix = "torch.compile(backend='eager') runs a graph that has the rules in it already: use another backend"
         message = f"no rule for operation {name} in module {module_path(self.model)}: {fix}"
         if self.on_unknown == "error":
             raise UnknownOperationError(message)
@@ -261,6 +270,12 @@ def _scan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], 
     return lives, trainable
 
 
+def _unbatched(tensor: Tensor) -> Tensor:
+    while functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _freeze(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
         return type(value)(map(_freeze, value)) if type(value) in (list, tuple) else value
@@ -275,13 +290,22 @@ def _by_rule(rule: Callable[..., Any], operation: Operation, *args: Any, **kwarg
     """Call a rule out of place, and write its result back where the operation was written in place."""
     if "input" in kwargs:
         args = (kwargs.pop("input"), *args)
+    if "other" in kwargs:
+        args = (*args, kwargs.pop("other"))
+    if operation.swapped:
+        args = (args[1], args[0])
     if operation.name in _TAKES_IN_PLACE and isinstance(args[-1], bool):
         *args, kwargs["inplace"] = args  # type: ignore[assignment]
     if not (operation.in_place or kwargs.pop("inplace", False)):
         return rule(operation.call, *args, **kwargs)
     target = args[0]
-    result = rule(operation.call, target.clone(), *args[1:], **kwargs)
-    return target.copy_(result)
+    return write(target, rule(operation.call, target.clone(), *args[1:], **kwargs))
+
+
+def write(target: Tensor, result: Tensor) -> Tensor:
+    """Write a result in place; a target that it makes constant is live no longer, so that no relevance ends in it."""
+    target.copy_(result)
+    return target if live(result) or not live(target) or target._is_view() else target.detach_()
 
 
 # --- activation modules written out in Python are one element-wise function ----------------------------------------
@@ -304,9 +328,19 @@ _claims_lock = threading.Lock()
 def activation_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the forward of an activation module while a block is open: shows the call as one operation."""
     x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+    if torch.compiler.is_compiling():  # where the question below is answered without looking at modes
+        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, Propagation)]
+        if modes:
+            with torch._C.DisableTorchFunction():
+                return modes[-1].__torch_function__(activation_forward, (), (self, x, *rest), kwargs)
     if has_torch_function_unary(x):
         return handle_torch_function(activation_forward, (x,), self, x, *rest, **kwargs)
     return _own_forward(self, x, *rest, **kwargs)
+
+
+def activation_name(module: nn.Module) -> str:
+    """The row of the table for an activation module."""
+    return _CLOSED_FORMS.get(type(module).__name__, "activation")
 
 
 def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -139,10 +139,10 @@ class Explainer:
         """
         single = isinstance(text, str) or not isinstance(text, Iterable)
         texts: list[Any] = [text] if single else list(text)
-        self._check(texts, target, position, generate, _Form(against, output, temperature))
-        targets = list(target) if isinstance(target, (list, tuple)) else [target]
+        targets: list[Any] = list(target) if isinstance(target, (list, tuple)) else [target]
         form = _Form(against, output, temperature)
-        with _memory():
+        self._check(texts, targets, position, generate, form)
+        with _memory(), _gradients():
             requests = [self._request(t, targets, position, generate) for t in texts]
             batches = [requests] if self._can_share else [[r] for r in requests]
             explanations = [e for batch in batches for e in self._explain(batch, form)]
@@ -150,23 +150,23 @@ class Explainer:
 
     def audit(self, text: str, *, target: str | int | None = None) -> Ledger:
         """Account for every unit of relevance of one explanation. See `attnlrp.audit`."""
-        request = self._request(text, [target], None, 0)
-        inputs, kept = self._inputs([request])
 
         def explained(output: Any) -> Tensor:
             logits = _Logits(output.logits[0], kept)
             scalar = self._scalar(request.rows[0][0], logits, _Form(None, "logit", 1.0))
             return scalar.value(logits(scalar.position))
 
-        with _memory():
+        with _memory(), _gradients():
+            request = self._request(text, [target], None, 0)
+            inputs, kept = self._inputs([request])
             return audit(self.model, inputs, target=explained, rules=self.rules)
 
     # --- from options to slots --------------------------------------------------------------------------------------
 
-    def _check(self, texts: list[Any], target: Any, position: Any, generate: Any, form: _Form) -> None:
+    def _check(self, texts: list[Any], targets: list[Any], position: Any, generate: Any, form: _Form) -> None:
         if not texts or not all(isinstance(t, str) for t in texts):
             raise InputError(f"text: got {texts!r:.60}, expected a string or a list of strings")
-        if isinstance(target, (list, tuple)) and not target:
+        if not targets:
             raise InputError("target: got an empty list, expected at least one target, or None for the prediction")
         if not isinstance(generate, int) or generate < 0:
             raise InputError(f"generate: got {generate!r}, expected a number of tokens")
@@ -176,9 +176,10 @@ class Explainer:
             raise InputError(f"temperature: got {form.temperature}, expected more than 0, and output='probability'")
         if form.output == "probability" and form.against is not None:
             raise InputError("against: a contrast is a difference of logits; it excludes output='probability'")
-        if generate and (target is not None or position is not None):
+        if generate and (targets != [None] or position is not None):
             raise InputError("generate: explains the generated tokens; it excludes target and position")
-        if self.task != "causal-lm" and (generate or position is not None or isinstance(target, Continuation)):
+        continued = any(isinstance(t, Continuation) for t in targets)
+        if self.task != "causal-lm" and (generate or position is not None or continued):
             raise InputError(f"generate, position and Continuation need a causal language model, got {self.task}")
 
     def _request(self, text: str, targets: list[Any], position: Any, generate: int) -> _Request:
@@ -247,12 +248,12 @@ class Explainer:
 
     @property
     def _can_share(self) -> bool:
-        """Whether one forward pass serves several texts; a decoder with a class head finds its token by the padding's index."""
+        """Whether one pass serves several texts: a decoder with a class head needs padding to find its token."""
         return self.task == "causal-lm" or self.model.config.get_text_config().pad_token_id is not None
 
     def _explain(self, requests: list[_Request], form: _Form) -> list[Explanation]:
         inputs, kept = self._inputs(requests)
-        with torch.enable_grad(), propagate(self.model, self.rules) as propagation:
+        with propagate(self.model, self.rules) as propagation:
             output = self.model(**inputs).logits
             logits = [_Logits(row, kept) for row in output]
             scalars = [
@@ -409,6 +410,13 @@ def _positions(position: int | Sequence[int], length: int) -> list[int]:
     if not wanted:
         raise InputError("position: got an empty list, expected at least one position")
     return [p % length for p in wanted]
+
+
+@contextmanager
+def _gradients() -> Iterator[None]:
+    """Whatever the caller has turned off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager

@@ -18,21 +18,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnlrp.backward import RuleFunction, live
-from attnlrp.engine import OnUnknown, Propagation, activation_forward, module_path
+from attnlrp.engine import OnUnknown, Propagation, activation_forward, activation_name, module_path, write
 from attnlrp.errors import InputError
 from attnlrp.operations import COMPOSITES, VIEWS, Operation, find
-from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, stabilised_identity
+from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, power, stabilised_identity
 
 __all__ = ["ABSORBERS", "Entry", "Ledger", "audit"]
 
 ABSORBERS = ("bias", "softmax", "constant", "stabiliser")
-_BIASED = frozenset({"linear", "conv", "addmm", "layer_norm", "group_norm", "batch_norm", "bilinear"})
-_AFFINE = frozenset({"addmm", "layer_norm", "group_norm", "batch_norm", "bilinear"})  # given their statistics
+_NORMS = frozenset({"layer_norm", "group_norm", "batch_norm", "instance_norm"})
+_AFFINE = _NORMS | {"addmm", "bilinear"}  # given their statistics
+_BIASED = _AFFINE | {"linear", "conv"}
 _NO_OFFSET = frozenset({"softmax", "log_softmax", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"})
 _GROUPED = frozenset({torch._grouped_mm, F.grouped_mm})  # the kernel has no float64
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "type", "type_as"})
 _REMAINDERS = {"logsumexp": "softmax"} | dict.fromkeys(
-    ("clamp", "maximum", "minimum", "max", "min", "fmax", "fmin", "threshold"), "constant"
+    ("clamp", "hardtanh", "maximum", "minimum", "max", "min", "fmax", "fmin", "threshold"), "constant"
 )
 
 
@@ -85,7 +86,7 @@ class Ledger:
     @property
     def absorbed(self) -> dict[str, float]:
         """Totals by absorber."""
-        return {kind: sum(e.absorbed.get(kind, 0.0) for e in self.entries) for kind in ABSORBERS}
+        return {kind: sum((e.absorbed.get(kind, 0.0) for e in self.entries), 0.0) for kind in ABSORBERS}
 
     @property
     def error(self) -> float:
@@ -198,8 +199,19 @@ class _Bookkeeping(Propagation):
         self.entries: list[Entry] = []
         self._shares = None  # fused attention is taken apart, so that its softmax has an entry
 
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operation = find(func)
+        if operation and operation.name in _CASTS and args[0].dtype == torch.float64 and torch.is_grad_enabled():
+            with torch.no_grad():
+                cast = func(*args, **(kwargs or {}))
+            if isinstance(cast, Tensor) and cast.is_floating_point():
+                return args[0].to(cast.device)
+        return super().__torch_function__(func, types, args, kwargs)
+
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operation = Operation("activation", func) if func is activation_forward else find(func)
+        operation = Operation(activation_name(args[0]), func) if func is activation_forward else find(func)
         if (func in COMPOSITES and self.rules) or (operation and operation.name in VIEWS):
             return super()._apply(func, args, kwargs)
         if func in _GROUPED and args[0].dtype == torch.float64:
@@ -208,8 +220,6 @@ class _Bookkeeping(Propagation):
         name = operation.name if operation else getattr(func, "__name__", str(func))
         if "dtype" in kwargs and name != "to" and _tensors(args)[0].dtype == torch.float64:
             kwargs = kwargs | {"dtype": torch.float64}
-        if name in _CASTS and (args[0].dtype == torch.float64):
-            return args[0]
         entry = Entry(name, module_path(self.model), remainder=_REMAINDERS.get(name))
         self.entries.append(entry)
         target = args[0] if operation and operation.in_place else None
@@ -224,7 +234,7 @@ class _Bookkeeping(Propagation):
         for k, output in enumerate(outputs):
             if live(output):
                 self._watch(entry, output, offsets[k] if offsets else None, logits, dim)
-        return result if target is None else target.copy_(args[0])
+        return result if target is None else write(target, args[0])
 
     def _rule(self, func: Any, name: str) -> Any:
         return self.rules.get(func) or self.rules.get(name, gradient)
@@ -232,7 +242,7 @@ class _Bookkeeping(Propagation):
     def _offsets(self, entry: Entry, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
         """What an operation gives if its live inputs are 0: the constant part of an affine map."""
         rule = self._rule(func, entry.operation)
-        if isinstance(rule, (epsilon, stabilised_identity)):
+        if rule is power or isinstance(rule, (epsilon, stabilised_identity)):
             entry.remainder = "stabiliser"
         if not (rule is gradient or entry.operation in _AFFINE) or entry.remainder or entry.operation in _NO_OFFSET:
             return None

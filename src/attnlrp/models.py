@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from attnlrp import demo
@@ -27,6 +28,12 @@ TASKS = {
 }
 """Task -> endings of the names of the `transformers` classes that have it."""
 
+_EXPECTED = (
+    "a folder with config.json, model.safetensors and tokenizer files, a .gguf file, or the name of a model on a hub "
+    "that can be reached"
+)
+_CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is reported, not logged
+
 Report = Callable[[str], None]
 
 
@@ -38,7 +45,7 @@ def cache_folder() -> Path:
 
 def cached_models() -> list[Path]:
     """Folders of the models that were converted from GGUF files."""
-    return sorted(path.parent for path in cache_folder().glob("*/config.json"))
+    return sorted(path.parent for path in cache_folder().glob("[!.]*/config.json"))
 
 
 def load(
@@ -63,17 +70,20 @@ def load(
         ModelError: nothing there, files missing, or no task that can be explained.
     """
     say = report or (lambda _: None)
+    place, precision = _device(device), _dtype(dtype)
     shown = demo.NAME if name is None else str(name)
-    path = demo.packaged_file() if name is None else Path(name)
+    path = demo.packaged_file() if name is None else Path(name).expanduser()
     if path.suffix == ".gguf":
         path = _converted(path, say)
     elif path.exists() and not path.is_dir():
-        raise ModelError(f"{path}: got a file that is not GGUF, expected a folder, a .gguf file, or a hub name")
+        raise ModelError(f"{path}: got a file that is not GGUF, expected {_EXPECTED}")
     elif not path.exists() and (path.is_absolute() or (len(path.parts) != 2 and str(name).startswith((".", "~")))):
-        raise ModelError(f"{path}: no such folder; expected a folder, a .gguf file, or a hub name")
+        raise ModelError(f"{path}: no such folder; expected {_EXPECTED}")
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: this folder has no config.json; expected {_EXPECTED}")
     say(f"loading {shown}")
-    model, tokenizer = _from_folder(str(path), _dtype(dtype))
-    return model.to(_device(device)).eval(), tokenizer, shown
+    model, tokenizer = _from_folder(str(path), precision)
+    return model.to(place).eval(), tokenizer, shown
 
 
 def task_of(model: Any) -> str:
@@ -106,33 +116,50 @@ def _from_folder(path: str, dtype: Any) -> tuple[Any, Any]:
         kind: Any = getattr(transformers, architecture)
         _require_task(architecture)
         with _quiet(transformers):
-            return kind.from_pretrained(path, dtype=dtype), transformers.AutoTokenizer.from_pretrained(path)
+            model, report = kind.from_pretrained(path, dtype=dtype, **_CHECKED)
+            _require_weights(path, report)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ModelError(
+                f"{path}: its tokenizer files are missing; expected tokenizer.json, or what it needs instead"
+            )
+        return model, tokenizer
+
+
+def _require_weights(path: str, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers made up at random, because the files lack them or have them in another shape."""
+    mismatched = [key[0] for key in report["mismatched_keys"]]
+    for what, names in {"missing": report["missing_keys"], "of another shape": mismatched}.items():
+        if names:
+            raise ModelError(
+                f"{path}: {len(names)} weights are {what}, the first is {min(names)}; expected every weight of the "
+                "model that config.json describes"
+            )
 
 
 @contextmanager
 def _told(path: str) -> Iterator[None]:
-    """Wrap what transformers raises for missing or broken files, once."""
+    """Wrap what is raised for missing or broken files, once; tokenizers raise bare exceptions."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"cannot load {path}: {first}\nexpected a folder with config.json, model.safetensors and tokenizer files, "
-            "a .gguf file, or the name of a model on a hub that can be reached"
-        ) from error
+    except ModelError:
+        raise
+    except Exception as error:
+        said = shorten(str(error), 300, placeholder=" ...")
+        raise ModelError(f"cannot load {path}: {said}\nexpected {_EXPECTED}") from error
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars of transformers while loading: the caller has its own."""
+    """Neither progress bars nor reports of transformers while loading: the caller has its own."""
     logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -151,8 +178,10 @@ def _converted(file: Path, say: Report) -> Path:
     import transformers
 
     with _told(str(file)), _quiet(transformers):
-        from_gguf = {"gguf_file": file.name, "dtype": torch.float32}
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **from_gguf)
+        from_gguf: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **from_gguf, **_CHECKED)
+        model, report = loaded
+        _require_weights(str(file), report)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model.hf_quantizer = None  # the weights are plain float32 now
         del model.config.quantization_config
@@ -190,5 +219,7 @@ def _device(device: str | None) -> Any:
         wanted = torch.device(device or "cpu")
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {device!r} is not available here ({str(error).splitlines()[0]})") from error
+        raise InputError(
+            f"device: {device!r} is not available here ({shorten(str(error), 120, placeholder=' ...')})"
+        ) from error
     return wanted

@@ -25,11 +25,13 @@ class Operation(NamedTuple):
         name: canonical name, the key in a table of rules.
         call: the same computation, out of place and with operands in canonical order.
         in_place: whether the function writes its result into its first argument.
+        swapped: whether the function takes its two operands in the other order, as `x.__rtruediv__(2)` does.
     """
 
     name: str
     call: Callable[..., Any]
     in_place: bool = False
+    swapped: bool = False
 
 
 # canonical name -> other names of the same operation, in any of the namespaces below
@@ -41,18 +43,18 @@ RULED: dict[str, tuple[str, ...]] = {
     "mish": (),
     "hardswish": (),
     "square": (),
-    "pow": ("float_power", "__pow__"),
+    "pow": ("__pow__",),
     "clamp": ("clip", "clamp_min", "clamp_max"),
     "tanh": (),
-    "erf": ("special_erf",),
+    "erf": (),
     "sin": (),
     "sinh": (),
     "asin": ("arcsin",),
     "asinh": ("arcsinh",),
     "atan": ("arctan",),
     "tan": (),
-    "expm1": ("special_expm1",),
-    "log1p": ("special_log1p",),
+    "expm1": (),
+    "log1p": (),
     "softsign": (),
     "elu": (),
     "selu": (),
@@ -62,36 +64,38 @@ RULED: dict[str, tuple[str, ...]] = {
     "softshrink": (),
     "hardshrink": (),
     "tanhshrink": (),
-    "sigmoid": ("special_expit", "expit"),
+    "sigmoid": ("expit",),
     "hardsigmoid": (),
     "logsigmoid": (),
     "softplus": (),
     "exp": (),
-    "exp2": ("special_exp2",),
+    "exp2": (),
     "cos": (),
     "cosh": (),
-    "erfc": ("special_erfc",),
+    "erfc": (),
     "log": (),
     "log2": (),
     "sqrt": (),
-    "softmax": ("special_softmax", "_safe_softmax"),
-    "log_softmax": ("special_log_softmax",),
-    "logsumexp": ("special_logsumexp",),
+    "softmax": ("_safe_softmax",),
+    "log_softmax": (),
+    "logsumexp": (),
     "mul": ("multiply", "__mul__", "__rmul__"),
-    "matmul": ("bmm", "mm", "mv", "dot", "inner", "vdot", "__matmul__", "linalg_matmul", "_grouped_mm", "grouped_mm"),
+    "matmul": ("bmm", "mm", "mv", "dot", "inner", "vdot", "__matmul__", "_grouped_mm", "grouped_mm"),
     "einsum": ("tensordot", "outer", "ger", "kron"),
     "addmm": ("addbmm", "baddbmm", "addmv", "addr", "addcmul"),
     "bilinear": (),
+    "solve_triangular": (),
     "div": ("divide", "true_divide", "__div__", "__truediv__"),
     "layer_norm": (),
     "rms_norm": (),
     "group_norm": (),
     "batch_norm": (),
+    "instance_norm": (),
     "rsqrt": (),
     "reciprocal": (),
     "var": (),
     "std": (),
-    "norm": ("linalg_norm", "linalg_vector_norm"),
+    "norm": ("vector_norm",),
     "round": (),
     "floor": (),
     "ceil": (),
@@ -124,8 +128,8 @@ NEUTRAL = VIEWS | frozenset(
     "copy_ fill_ zero_ __setitem__ index_select index_add index_copy index_fill index_put index_reduce gather take "
     "take_along_dim masked_fill masked_scatter masked_select scatter scatter_add scatter_reduce select_scatter "
     "slice_scatter put where nan_to_num dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout "
-    "feature_dropout fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfftn fft_irfftn "
-    "fft_rfft2 fft_irfft2 fft_fftshift fft_ifftshift complex pin_memory unsafe_chunk unsafe_split meshgrid "
+    "feature_dropout fft ifft fft2 ifft2 fftn ifftn rfft irfft rfftn irfftn "
+    "rfft2 irfft2 fftshift ifftshift complex pin_memory unsafe_chunk unsafe_split meshgrid "
     # selections: homogeneous, and linear in what they select
     "relu leaky_relu prelu rrelu threshold abs absolute max min amax amin aminmax maximum minimum fmax fmin topk sort "
     "msort kthvalue median nanmedian mode cummax cummin max_pool1d max_pool2d max_pool3d adaptive_max_pool1d "
@@ -142,9 +146,9 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float | int = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | int | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(query key^T * scale + mask) value, operation by operation; a row without any key gives 0."""
@@ -170,7 +174,7 @@ def lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     return result
 
 
-def addcdiv(first: Tensor, numerator: Tensor, denominator: Tensor, *, value: float = 1) -> Tensor:
+def addcdiv(first: Tensor, numerator: Tensor, denominator: Tensor, *, value: float | int = 1) -> Tensor:
     """first + value * numerator / denominator."""
     return first + value * (numerator / denominator)
 
@@ -207,16 +211,21 @@ COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     torch.lerp: lerp,
     Tensor.lerp: lerp,
+    Tensor.lerp_: lambda x, *a, **k: x.copy_(lerp(x.clone(), *a, **k)),
     torch.addcdiv: addcdiv,
     Tensor.addcdiv: addcdiv,
+    Tensor.addcdiv_: lambda x, *a, **k: x.copy_(addcdiv(x.clone(), *a, **k)),
     F.glu: glu,
     F.cosine_similarity: cosine_similarity,
     torch.cosine_similarity: cosine_similarity,
     torch.var_mean: lambda x, *a, **k: (x.var(*a, **k), _mean(x, *a, **k)),
     torch.std_mean: lambda x, *a, **k: (x.std(*a, **k), _mean(x, *a, **k)),
+    # the functions behind those of torch.nn.functional take their operands in another order
+    torch.batch_norm: lambda x, w, b, m, v, *a: F.batch_norm(x, m, v, w, b, *a[:3]),
+    torch.instance_norm: lambda x, w, b, m, v, *a: F.instance_norm(x, m, v, w, b, *a[:3]),
     **{
         function: _without_override_check(function)
-        for function in (F.multi_head_attention_forward, F.normalize, F.instance_norm, F.softmin)
+        for function in (F.multi_head_attention_forward, F.normalize, F.softmin)
     },
 }
 """Functions that are taken apart into operations of the table."""
@@ -237,11 +246,11 @@ PASSED: frozenset[Any] = frozenset(
 
 _NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)
 _REVERSED: dict[Any, tuple[str, Callable[..., Any]]] = {
-    Tensor.__rdiv__: ("div", lambda b, a: a / b),
-    Tensor.__rpow__: ("pow", lambda b, a: torch.pow(a, b)),
-    Tensor.__rmatmul__: ("matmul", lambda b, a: torch.matmul(a, b)),
-    Tensor.__rsub__: ("sub", lambda b, a: a - b),
-    torch.rsub: ("sub", lambda b, a, alpha=1: a - alpha * b),
+    Tensor.__rdiv__: ("div", lambda a, b: Tensor.__rdiv__(b, a)),
+    Tensor.__rpow__: ("pow", lambda a, b: Tensor.__rpow__(b, a)),
+    Tensor.__rmatmul__: ("matmul", torch.matmul),
+    Tensor.__rsub__: ("sub", lambda a, b: Tensor.__rsub__(b, a)),
+    torch.rsub: ("sub", lambda a, b, **k: torch.rsub(b, a, **k)),
 }
 
 
@@ -253,7 +262,9 @@ def _spellings() -> dict[Any, Operation]:
         for namespace in _NAMESPACES:
             _add(table, namespace, alias, name)
     for function, (name, call) in _REVERSED.items():
-        table[function] = Operation(name, call)
+        table[function] = Operation(name, call, swapped=True)
+    for function in COMPOSITES:
+        table.pop(function, None)
     return table
 
 
@@ -281,5 +292,7 @@ def find(function: Any) -> Operation | None:
         packet = getattr(function, "overloadpacket", function)
         namespace, _, name = str(packet).partition(".")
         known = OPERATIONS.get(getattr(torch, name.rstrip("_"), None)) if namespace == "aten" else None
-        operation = known and Operation(known.name, function, in_place=name.endswith("_"))
+        in_place = name.endswith("_")
+        call = getattr(torch.ops.aten, name.rstrip("_")) if in_place else function
+        operation = known and Operation(known.name, call, in_place)
     return operation

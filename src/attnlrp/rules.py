@@ -25,12 +25,14 @@ from attnlrp.backward import (
     Identity,
     Normalise,
     Softmax,
+    Substitution,
     count_live,
     deviation,
     distributed,
     live,
     omitted,
     per_channel,
+    scale_gradient,
     scaled,
     stabilise,
     wide,
@@ -112,20 +114,32 @@ class stabilised_identity:
     """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9)."""
 
     def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        return Identity.on(x, lambda t: op(t, *args, **kwargs), lambda t: op(t, *args, **kwargs) / stabilise(t))
+        # at 0 the share x / (x + eps) is 0; a ratio of 1 / eps would only blow up what cancels behind x = a - b
+        return Identity.on(
+            x,
+            lambda t: op(t, *args, **kwargs),
+            lambda t: (op(t, *args, **kwargs) / stabilise(t)).masked_fill(t == 0, 0),
+        )
+
+
+def square(op: Callable[..., Any], x: Tensor) -> Any:
+    """Identity for x^2: f(x)/x = x, half of the derivative."""
+    return op(scale_gradient(x, 1 / 2))
 
 
 def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
-    """Identity for x^n: f(x)/x = x^(n-1) if n >= 1. A negative power is a statistic: a constant (prop. 3.4)."""
+    """Identity for x^n with n >= 1: f(x)/x = x^(n-1), the derivative / n. A negative power is a statistic (prop. 3.4)."""
     if live(exponent):
         return stabilised_identity()(lambda n: op(x.detach() if live(x) else x, n), exponent)
     if not isinstance(exponent, (int, float)) or 0 < exponent < 1:
         return stabilised_identity()(op, x, exponent)
-    return identity(lambda t, n: t.pow(n - 1))(op, x, exponent) if exponent >= 1 else constant(op, x, exponent)
+    return op(scale_gradient(x, 1 / exponent), exponent) if exponent >= 1 else constant(op, x, exponent)
 
 
 def clip(op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     """Identity where the clipping interval holds 0; else plain gradient, and the bound absorbs."""
+    if any(map(live, (*args, *kwargs.values()))):
+        return op(x, *args, **kwargs)
     with torch.no_grad():
         keeps_zero = bool((op(torch.zeros_like(x), *args, **kwargs) == 0).all())
     return identity()(op, x, *args, **kwargs) if keeps_zero else op(x, *args, **kwargs)
@@ -195,27 +209,41 @@ def constant_denominator(op: Callable[..., Any], a: Any, b: Any, **kwargs: Any) 
     return op(a, b, **kwargs) if live(a) else constant(op, a, b, **kwargs)
 
 
-def attention_shares(rules: Rules) -> Callable[[bool, bool, bool], tuple[float, float, float]] | None:
+def substitution(op: Callable[..., Any], a: Tensor, b: Tensor, **options: Any) -> Any:
+    """a x = b with a triangular, as in the delta rule: x_i = (b_i - sum_j a_ij x_j) / a_ii, step by step.
+
+    A step is a sum (eq. 8) of products (prop. 3.2: half to a_ij, half to x_j) over a constant denominator
+    (prop. 3.4); all steps at once, in closed form. Conserves, where the plain gradient would sum to 0. With b
+    constant, so is x.
+    """
+    if not live(b):
+        return constant(op, a, b, **options)
+    if not options.pop("left", True):
+        return substitution(op, a.mT, b.mT, **options | {"upper": not options["upper"]}).mT
+    return Substitution.on(a, b, op, options)
+
+
+def attention_shares(rules: Rules) -> Callable[[bool, bool, bool, bool], tuple[float, float, float, float]] | None:
     """What a fused attention kernel does under `rules`, as factors on the gradients at its inputs.
 
     Matmul, softmax, matmul under the rules equal the plain gradient of the kernel with queries and keys / 4 and
-    values / 2 (Arras et al., arXiv 2502.15886). Returns the factors (query, key, value) as a function
+    values / 2 (Arras et al., arXiv 2502.15886). Returns the factors (query, key, value, mask) as a function
     of which of them are live, or None where the kernel must be taken apart.
     """
     softmax, matmul = rules.get("softmax", gradient), rules.get("matmul", gradient)
     if softmax is gradient and matmul is gradient:
-        return lambda q, k, v: (1.0, 1.0, 1.0)
+        return lambda q, k, v, m: (1.0, 1.0, 1.0, 1.0)
     if softmax is constant and matmul in (uniform, gradient):
-        return lambda q, k, v: (0.0, 0.0, 1.0)
+        return lambda q, k, v, m: (0.0, 0.0, 1.0, 0.0)
     if softmax is gradient and matmul is uniform:
         return _quarters
     return None
 
 
-def _quarters(query: bool, key: bool, value: bool) -> tuple[float, float, float]:
-    outer = 0.5 if value and (query or key) else 1.0
+def _quarters(query: bool, key: bool, value: bool, mask: bool) -> tuple[float, float, float, float]:
+    outer = 0.5 if value and (query or key or mask) else 1.0
     inner = 0.5 * outer if query and key else outer
-    return inner, inner, outer
+    return inner, inner, outer, outer
 
 
 # --- prop. 3.4: normalisation ---------------------------------------------------------------------------------
@@ -295,6 +323,29 @@ def batch_norm(
     return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, True)
 
 
+def instance_norm(
+    op: Callable[..., Any],
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With running statistics an affine map; with its own, as layer_norm over the space of each channel."""
+    args = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if not use_input_stats:
+        return F.instance_norm(x, *args)
+    dims = tuple(range(2, x.dim()))
+
+    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
+        return F.instance_norm(t, *args), deviation(t, dims, eps)
+
+    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, True)
+
+
 # --- closed forms of f(x)/x -------------------------------------------------------------------------------------
 
 
@@ -333,7 +384,7 @@ _GATES = (
 )
 _QUOTIENTS = (
     *("activation", "tanh", "erf", "sin", "sinh", "asin", "asinh", "atan", "tan", "expm1", "log1p", "softsign"),
-    *("elu", "selu", "celu", "relu6", "hardtanh", "softshrink", "hardshrink", "tanhshrink"),
+    *("elu", "selu", "celu", "relu6", "softshrink", "hardshrink", "tanhshrink"),
 )
 _STATISTICS = ("rsqrt", "reciprocal", "var", "std", "norm", "round", "floor", "ceil", "trunc", "sign")
 
@@ -348,9 +399,10 @@ ATTNLRP: Rules = {
     "quick_gelu": identity(lambda x: torch.sigmoid(1.702 * x)),
     "mish": identity(lambda x: torch.tanh(F.softplus(x))),
     "hardswish": identity(lambda x: F.relu6(x + 3) / 6),
-    "square": identity(lambda x: x),
+    "square": square,
     "pow": power,
     "clamp": clip,
+    "hardtanh": clip,
     **dict.fromkeys(_QUOTIENTS, identity()),
     **dict.fromkeys(_GATES, stabilised_identity()),
     # prop. 3.1
@@ -364,12 +416,14 @@ ATTNLRP: Rules = {
     "einsum": uniform,
     "addmm": uniform_after_first,
     "bilinear": uniform_pair,
+    "solve_triangular": substitution,
     # prop. 3.4
     "div": constant_denominator,
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "group_norm": group_norm,
     "batch_norm": batch_norm,
+    "instance_norm": instance_norm,
     **dict.fromkeys(_STATISTICS, constant),
     # a loss that the model computes beside its logits is not explained
     "loss": constant,

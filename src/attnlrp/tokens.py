@@ -35,10 +35,12 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     before: list[int] = []  # the last whole piece
     start = 0
     while start < len(ids):
-        if ids[start] in special:
-            end, text = start + 1, str(tokenizer.convert_ids_to_tokens(ids[start]))
-        else:
-            end, text = _character(tokenizer, ids, start, special, before)
+        name = tokenizer.convert_ids_to_tokens(ids[start])
+        if name is None:  # models pad their vocabulary beyond that of the tokenizer
+            texts.append(f"<{ids[start]}>")
+            start += 1
+            continue
+        end, text = (start + 1, str(name)) if ids[start] in special else _character(tokenizer, ids, start, before)
         count = end - start
         texts += [text] if count == 1 else [f"{text}[{k}/{count}]" for k in range(1, count + 1)]
         before = before if _INCOMPLETE in text else list(ids[start:end])
@@ -46,16 +48,13 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _character(tokenizer: Any, ids: Sequence[int], start: int, special: set[int], before: list[int]) -> tuple[int, str]:
+def _character(tokenizer: Any, ids: Sequence[int], start: int, before: list[int]) -> tuple[int, str]:
     """The smallest run of tokens from `start` that decodes to whole characters: its end, and its text."""
     for end in range(start + 1, min(start + _LONGEST_CHARACTER, len(ids)) + 1):
-        if ids[end - 1] in special:
-            break
         text = _decode_after(tokenizer, before, ids[start:end])
-        if text and _INCOMPLETE not in text:
+        if _INCOMPLETE not in text:
             return end, text
-    name = tokenizer.convert_ids_to_tokens(ids[start])
-    return start + 1, _decode_after(tokenizer, before, ids[start : start + 1]) or str(name or f"<{ids[start]}>")
+    return start + 1, _decode_after(tokenizer, before, ids[start : start + 1])
 
 
 def _decode_after(tokenizer: Any, before: list[int], ids: Sequence[int]) -> str:

@@ -1,0 +1,221 @@
+"""Tiny models with random weights for every model type, and inputs for them: one generic recipe, no code per model."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .rows import ROWS
+from .sizes import HEADS, SIZES, TOKEN_IDS
+
+TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "masked-lm": "MASKED_LM",
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "question-answering": "QUESTION_ANSWERING",
+    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "image-text-to-text": "IMAGE_TEXT_TO_TEXT",
+}
+TOKENS, DECODER_TOKENS, FIRST_FREE, LAST_FREE = 7, 3, 10, 90
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every (task, model type) that transformers maps to a class."""
+    return [(task, kind) for task in TASKS for kind in _mapping(task)]
+
+
+def _mapping(task: str) -> dict[str, Any]:
+    return getattr(modeling_auto, f"MODEL_FOR_{TASKS[task]}_MAPPING_NAMES")  # type: ignore[no-any-return]
+
+
+def row(task: str, kind: str) -> dict[str, Any]:
+    """The data for one model type: what holds for all its tasks, and over it what holds for one of them."""
+    merged: dict[str, Any] = {}
+    for key in (kind, f"{kind}/{task}"):
+        for part, value in ROWS.get(key, {}).items():
+            merged[part] = merged.get(part, {}) | value if isinstance(value, dict) else value
+    return merged
+
+
+# --- configurations -----------------------------------------------------------------------------------------------
+
+
+def configure(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The default configuration, with every size that `SIZES` knows made small; nested ones too."""
+    defaults = {k: v for k, v in overrides.items() if k in overrides.get("_first", ())}
+    default = kind(**defaults)
+    settings = {k: small for k, v in vars(default).items() if (small := _shrink(k, v, default)) is not v}
+    if "num_key_value_heads" in settings and _heads(default) == default.num_key_value_heads:
+        settings["num_key_value_heads"] = HEADS  # a model without groups stays one
+    for name, nested in kind.sub_configs.items():
+        current = getattr(default, name, None)
+        given = overrides.get(name, {})
+        if isinstance(given, dict) and (current is not None or given):
+            nested = type(current) if current is not None else CONFIG_MAPPING[given["model_type"]]
+            settings[name] = configure(nested, {k: v for k, v in given.items() if k != "model_type"})
+    settings |= {k: v for k, v in overrides.items() if k not in kind.sub_configs and k != "_first"}
+    settings |= {k: v for k, v in overrides.items() if k in kind.sub_configs and not isinstance(v, dict)}
+    return kind(**settings)
+
+
+def _shrink(name: str, value: Any, config: PreTrainedConfig) -> Any:
+    if isinstance(value, bool) or value is None or name.startswith("_"):
+        return value
+    if name.endswith(("_token_id", "_token_index")) or name in TOKEN_IDS:
+        return [token_id(name)] if isinstance(value, list) else token_id(name)
+    if isinstance(value, dict) and "mrope_section" in value:
+        half = int(16 * value.get("partial_rotary_factor", 1)) // 2
+        return value | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    if isinstance(value, (list, tuple)) and name not in SIZES:
+        return _sample(value, config)
+    small = SIZES.get(name, value)
+    if isinstance(value, (list, tuple)) and isinstance(small, int):
+        if len(value) == layers(config):
+            return [small] * 2
+        small = [small * 2**k for k in range(len(value))] if name in GROWING else [small] * len(value)
+    elif isinstance(small, (list, tuple)) and not isinstance(value, (list, tuple)):
+        return small[0]
+    return small if not isinstance(value, (int, float)) or name in ("vocab_size",) or small < value else value
+
+
+GROWING = ("hidden_sizes", "num_heads", "num_attention_heads", "embed_dim", "embed_dims", "dim_embed", "out_channels")
+
+
+def _heads(config: PreTrainedConfig) -> Any:
+    return next((vars(config)[n] for n in ("num_attention_heads", "num_heads", "n_head", "n_heads") if n in vars(config)), None)
+
+
+def layers(config: PreTrainedConfig) -> int:
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"):
+        if isinstance(value := vars(config).get(name), int):
+            return value
+    return -1
+
+
+def _sample(values: Any, config: PreTrainedConfig) -> Any:
+    """A list with one item per layer, cut to as few layers as show every kind of item, in order of appearance."""
+    if len(values) != layers(config):
+        return values
+    distinct = [v for k, v in enumerate(values) if v not in values[:k]]
+    return type(values)((distinct + [values[-1]] * 2)[:2])
+
+
+def token_id(name: str) -> int:
+    """A special token's index below 10 or above 90, out of the way of the text."""
+    for pattern, index in TOKEN_IDS.items():
+        if re.search(pattern, name):
+            return index
+    return 91 + sum(map(ord, name)) % 9
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def build(task: str, kind: str) -> nn.Module:
+    """A float32 model in evaluation mode. Its vectors (biases, norm weights) are random too, so that they matter."""
+    data = row(task, kind)
+    config = configure(CONFIG_MAPPING[kind], data.get("config", {}))
+    for name, value in data.get("after", {}).items():
+        setattr(config, name, value)
+    classes = _mapping(task)[kind]
+    name = classes if isinstance(classes, str) else classes[0]
+    kind_of_model: Any = getattr(transformers, name)
+    if not isinstance(config, kind_of_model.config_class):  # a text model of a larger one
+        config = next((c for c in vars(config).values() if isinstance(c, kind_of_model.config_class)), config)
+    torch.manual_seed(0)
+    model: nn.Module = kind_of_model._from_config(config, **data.get("build", {}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.float().eval()
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------
+
+
+def inputs(task: str, kind: str, model: Any) -> dict[str, Any]:
+    """Random inputs that the model takes: token indices, pixels, and what its row adds."""
+    data, generator = row(task, kind), torch.Generator().manual_seed(2)
+    taken = set(inspect.signature(model.forward).parameters)
+    arguments: dict[str, Any] = {}
+    if "input_ids" in taken and task != "image-classification":
+        ids = torch.randint(FIRST_FREE, LAST_FREE, (1, data.get("tokens", TOKENS)), generator=generator)
+        if task in ("sequence-classification", "question-answering"):
+            ids[0, -1] = TOKEN_IDS["eos"]
+        arguments |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False) and task == "image-text-to-text"
+    if task == "seq2seq-lm" or (encoder_decoder and "decoder_input_ids" in taken):
+        ids = torch.randint(FIRST_FREE, LAST_FREE, (1, DECODER_TOKENS), generator=generator)
+        arguments["decoder_input_ids"] = ids
+    if "pixel_values" in taken and task in ("image-classification", "image-text-to-text"):
+        arguments |= _images(model, generator)
+    for name, spec in data.get("inputs", {}).items():
+        arguments[name] = _made(spec, generator)
+    arguments = {k: v for k, v in arguments.items() if v is not None and (k in taken or "kwargs" in taken)}
+    if task == "image-text-to-text" and "input_ids" in arguments:
+        _place_images(model, arguments, data)
+    if "mm_token_type_ids" in taken and "input_ids" in arguments:
+        arguments["mm_token_type_ids"] = (arguments["input_ids"] == token_id("image_token_id")).long()
+    return arguments
+
+
+def _made(spec: Any, generator: torch.Generator) -> Any:
+    """A tensor from its description: a shape for random numbers, {"ids": shape}, {"value": data}."""
+    if isinstance(spec, tuple):
+        return torch.randn(spec, generator=generator)
+    if isinstance(spec, dict) and "ids" in spec:
+        return torch.randint(*spec.get("range", (FIRST_FREE, LAST_FREE)), spec["ids"], generator=generator)
+    return torch.tensor(spec["value"]) if isinstance(spec, dict) else spec
+
+
+def _images(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """One image, or its 4 x 4 patches for models that take patches and their grid."""
+    if "image_grid_thw" not in inspect.signature(model.forward).parameters:
+        return {"pixel_values": torch.randn(_pixels(model.config), generator=generator)}
+    vision = getattr(model.config, "vision_config", model.config)
+    depth = getattr(vision, "temporal_patch_size", None) or 1
+    width = _pixels(model.config)[1] * depth * vision.patch_size**2
+    return {"pixel_values": torch.randn(16, width, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+def _pixels(config: Any) -> tuple[int, ...]:
+    vision = next((c for n in ("vision_config", "encoder", "backbone_config") if (c := getattr(config, n, None))), config)
+    size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or 32
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = next((c for n in ("num_channels", "in_channels", "in_chans") if (c := getattr(vision, n, None))), 3)
+    return (1, channels, height, width)
+
+
+def _place_images(model: Any, arguments: dict[str, Any], data: dict[str, Any]) -> None:
+    """Put as many image tokens in front of the text as the model makes features."""
+    count = data.get("image_tokens")
+    if count is None:
+        count = _count_features(model, arguments)
+    images = torch.full((1, count), token_id("image_token_id"))
+    arguments["input_ids"] = torch.cat([images, arguments["input_ids"]], dim=1)
+    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+
+
+def _count_features(model: Any, arguments: dict[str, Any]) -> int:
+    inner = getattr(model, "model", model)
+    owner = next((m for m in (model, inner) if hasattr(m, "get_image_features")), None)
+    if owner is None or "pixel_values" not in arguments:
+        return 0
+    taken = inspect.signature(owner.get_image_features).parameters
+    with torch.no_grad():
+        found = owner.get_image_features(**{k: v for k, v in arguments.items() if k in taken})
+    found = getattr(found, "pooler_output", found)
+    tensors = [found] if isinstance(found, Tensor) else list(found)
+    return sum(t.reshape(-1, t.shape[-1]).shape[0] for t in tensors)

@@ -1,0 +1,19 @@
+"""What every test shares: no network, one thread, the same random numbers, and one place for warnings."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and several workers share the cores
