@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, the same random numbers, and one place for warnings."""
+"""What every test shares: no network, one thread, the same random numbers, the same warnings."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ def seeded() -> None:
 
 
 def pytest_configure() -> None:
+    torch.set_warn_always(True)  # else a warning that torch gives once per process fails only the first test to cause it
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and several workers share the cores

@@ -47,7 +47,7 @@ def relevance(model: nn.Module, name: str, rules: Rules = ATTNLRP) -> Tensor:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("name", "attention", "dtype"),
-    [(*l, d) for l in LAYOUTS for d in DTYPES if d != torch.float64 or l[0] not in WITHOUT_FLOAT64],
+    [(*way, d) for way in LAYOUTS for d in DTYPES if d != torch.float64 or way[0] not in WITHOUT_FLOAT64],
 )
 def test_the_forward_pass_is_bit_identical(name: str, attention: str, dtype: torch.dtype, training: bool) -> None:
     model = tiny.build(name, dtype, attention=attention).train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers.activations import ACT2CLS, NewGELUActivation, QuickGELUActivation
 
-from attnlrp import ATTNLRP, UnknownOperationError, propagate
+from attnlrp import ATTNLRP, UnknownOperationError, audit, propagate
 from attnlrp.rules import constant, identity, uniform
 from explained import explain, randn
 
@@ -208,3 +209,93 @@ def test_an_activation_that_is_in_place_or_half_precision() -> None:
     module = MyGELU()
     result = explain(module, randn(20).bfloat16(), module=module)
     assert_close(result.relevance[0], result.y * result.g, rtol=2e-2, atol=1e-3)
+
+
+# --- what users do around a model -------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), MyGELU(), nn.Linear(4, 2))
+
+
+def total(module: nn.Module, x: Tensor | None = None) -> Tensor:
+    x = (torch.ones(3, 4) if x is None else x).detach().clone().requires_grad_()
+    with propagate(module):
+        module(x).sum().backward()
+    return (x.detach() * x.grad).sum()
+
+
+def test_backward_hooks_and_saved_tensor_hooks_do_not_disturb() -> None:
+    module, seen = small(), []
+    expected = total(module)
+    for part in (module, *module):
+        part.register_full_backward_hook(lambda *_: seen.append(1))
+    with torch.autograd.graph.save_on_cpu():
+        assert torch.equal(total(module), expected)
+    assert len(seen) == 4
+
+
+def test_other_modes_and_tensor_subclasses_do_not_disturb() -> None:
+    class Marked(Tensor):
+        pass
+
+    module, x = small(), torch.ones(3, 4)
+    expected = total(module)
+    with torch.device("cpu"):
+        assert torch.equal(total(module), expected)
+    leaf = x.clone().requires_grad_()
+    with propagate(module), torch.device("cpu"):
+        module(leaf).sum().backward()
+    assert torch.equal((leaf.detach() * leaf.grad).sum(), expected)
+    marked = x.as_subclass(Marked).requires_grad_()
+    with propagate(module):
+        y = module(marked)
+    y.sum().backward()
+    assert isinstance(y, Marked)
+    assert torch.equal((marked.detach() * marked.grad).sum().as_subclass(Tensor), expected)
+
+
+def test_a_copy_made_inside_the_block_is_a_model_of_its_own() -> None:
+    module = small()
+    expected = total(module)
+    with propagate(module):
+        other = copy.deepcopy(module)
+    assert torch.equal(other(torch.ones(3, 4)), module(torch.ones(3, 4)))
+    assert torch.equal(total(other), expected)
+    assert "forward" not in vars(other[1])
+
+
+def test_a_block_may_be_entered_again() -> None:
+    module = small()
+    with propagate(module) as propagation:
+        pass
+    x = torch.ones(3, 4, requires_grad=True)
+    with propagation:
+        module(x).sum().backward()
+    assert torch.equal((x * x.grad).sum(), total(module))
+
+
+def test_parametrised_weights_are_constants() -> None:
+    module = small()
+    nn.utils.parametrizations.weight_norm(module[0])
+    nn.utils.parametrizations.spectral_norm(module[2])
+    total(module)
+    assert all(p.grad is None for p in module.parameters())
+    assert audit(module.double(), {"input": randn(3, 4)}, target=lambda y: y.sum()).closes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.GELU()))
+    with pytest.raises(UnknownOperationError, match=r"ScriptModule 1 .*use the module that it was made from"):
+        total(module)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_transformer_of_torch_is_accounted_for(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu", norm_first=norm_first)
+    module = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+    ledger = audit(module, {"src": randn(1, 3, 4)}, target=lambda y: (y * torch.arange(4)).sum())
+    assert ledger.closes
+    assert ledger.error < 1e-9

@@ -328,10 +328,10 @@ def test_a_router_in_float32_of_a_float64_model_stays_in_float64() -> None:
 def test_a_target_is_a_function_of_the_output() -> None:
     model = tiny.build("llama", torch.float64)
     first = audit(model, tiny.inputs("llama"), target=lambda output: output.logits[0, 2, 5])
-    assert first.target == pytest.approx(float(model(**tiny.inputs("llama")).logits[0, 2, 5]))
+    assert first.target == pytest.approx(model(**tiny.inputs("llama")).logits[0, 2, 5].item())
     assert_closed(first)
     largest = audit(model, tiny.inputs("llama", batch=2))
-    assert largest.target == pytest.approx(float(model(**tiny.inputs("llama", batch=2)).logits[0, -1].max()))
+    assert largest.target == pytest.approx(model(**tiny.inputs("llama", batch=2)).logits[0, -1].max().item())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from attnlrp import ATTNLRP, CP_LRP
 from attnlrp.rules import SOFTMAX_DISTRIBUTE, SOFTMAX_IDENTITY, SOFTMAX_OMIT, Rules, gradient, uniform
 from explained import explain, randn
 
-seeds = pytest.mark.parametrize("seed", (0, 1, 2))
+seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 QUERIES, KEYS, DEPTH = 3, 4, 2
 
 

@@ -14,7 +14,7 @@ from attnlrp import GRADIENT
 from explained import explain, randn
 
 EPS = 1e-5
-seeds = pytest.mark.parametrize("seed", (0, 1, 2))
+seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
 
 def centred(x: Tensor, w: Tensor, g: Tensor) -> Tensor:

@@ -159,7 +159,10 @@ class Substitution(RuleFunction):
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, x = ctx.saved_tensors
         upper, share = ctx.options["upper"], 0.5 if ctx.needs_input_grad[0] else 1.0
-        part = (lambda m: m.triu(1)) if upper else (lambda m: m.tril(-1))
+
+        def part(m: Tensor) -> Tensor:
+            return m.triu(1) if upper else m.tril(-1)
+
         shared = torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) + share * part(a)
         h = torch.linalg.solve_triangular(shared.mT, grad, **{**ctx.options, "upper": not upper})
         return part(-share * h @ x.mT) if ctx.needs_input_grad[0] else None, h, None, None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 import threading
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
@@ -86,6 +87,9 @@ class Propagation(TorchFunctionMode):
         self._shares = attention_shares(rules)
         self._plans: dict[Any, Callable[..., Any] | None] = {}
         self._activations = list(filter(_is_written_out, model.modules())) if rules else []
+        scripted = [n for n, m in model.named_modules() if rules and isinstance(m, torch.jit.ScriptModule)]
+        if scripted:
+            self._report(f"torch.jit.ScriptModule {scripted[0] or '(top)'}")
         self._shadows = 0  # how many blocks inside this one are open: only the innermost applies
         self._outer: Propagation | None = None
 
@@ -119,9 +123,11 @@ class Propagation(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._shadows or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func not in self._plans:
-            self._plans[func] = self._plan(func)
-        if self._plans[func] is None:
+        try:
+            plan = self._plans[func]
+        except KeyError:
+            plan = self._plans[func] = self._plan(func)
+        if plan is None:
             return func(*args, **kwargs)
         if func is F.embedding and self._lookup is not None and self._weight(args, kwargs) is self._lookup.weight:
             return self._embed(func, args, kwargs)
@@ -132,8 +138,9 @@ class Propagation(TorchFunctionMode):
             self._refuse_vmap(args)
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            _follow_checkpoint(self)
             self._refuse_hidden(lives)
+            if plan is not func:  # a region without any rule is recomputed as it is
+                _follow_checkpoint(self)
         return self._apply(func, args, kwargs)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,8 +213,9 @@ class Propagation(TorchFunctionMode):
             if isinstance(node, BackwardCFunction) and self.rules:
                 function = getattr(type(node), "_forward_cls", type(node))
                 # what a compiled region runs was seen when it was traced
-                compiled = function.__module__.startswith("torch._functorch._aot_autograd")
-                if not issubclass(function, RuleFunction) and not compiled and function not in self.rules:
+                seen = function.__module__.startswith("torch._functorch._aot_autograd")
+                known = seen or issubclass(function, (RuleFunction, BackwardHookFunction)) or function in self.rules
+                if not known:
                     self._report(f"{function.__module__}.{function.__qualname__} (custom autograd function)")
 
     def _refuse_vmap(self, args: tuple[Any, ...]) -> None:
@@ -221,18 +229,24 @@ class Propagation(TorchFunctionMode):
     def _report(self, name: str) -> None:
         if self.on_unknown == "gradient":
             return
-        fix = (
-            "add a row to the table, rules=attnlrp.ATTNLRP | {function: rule} with a rule of attnlrp.rules "
-            "(see CONTRIBUTING.md, 'Add a rule'), or pass on_unknown='warn' or 'gradient' to keep its plain gradient"
-        )
-        if "checkpoint.CheckpointFunction" in name:
-            fix = "reentrant checkpointing is not supported: use torch.utils.checkpoint(..., use_reentrant=False)"
-        if "AutogradFunctionApply" in name:
-            fix = "torch.compile(backend='eager') runs a graph that has the rules in it already: use another backend"
+        fix = next((fix for part, fix in _FIXES.items() if part in name), _ADD_A_RULE)
         message = f"no rule for operation {name} in module {module_path(self.model)}: {fix}"
         if self.on_unknown == "error":
             raise UnknownOperationError(message)
         warnings.warn(message, stacklevel=4)
+
+
+_ADD_A_RULE = (
+    "add a row to the table, rules=attnlrp.ATTNLRP | {function: rule} with a rule of attnlrp.rules "
+    "(see CONTRIBUTING.md, 'Add a rule'), or pass on_unknown='warn' or 'gradient' to keep its plain gradient"
+)
+_FIXES = {
+    "CheckpointFunction": "reentrant checkpointing is not supported: "
+    "use torch.utils.checkpoint(..., use_reentrant=False)",
+    "AutogradFunctionApply": "torch.compile(backend='eager') runs a graph that has the rules in it already: "
+    "use another backend",
+    "ScriptModule": "torch shows nothing of what runs inside: use the module that it was made from",
+}
 
 
 def module_path(model: nn.Module) -> str:
@@ -252,8 +266,11 @@ def _input_embeddings(model: nn.Module) -> nn.Module | None:
     try:
         found = find_embeddings() if callable(find_embeddings) else None
     except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(getattr(found, "weight", None), Tensor) else None
+        found = None
+    if isinstance(found, nn.Module) and isinstance(getattr(found, "weight", None), Tensor):
+        return found
+    rows = getattr(getattr(model, "config", None), "vocab_size", None)  # a model that does not say: by its size
+    return next((m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows), None)
 
 
 def _scan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
@@ -263,7 +280,7 @@ def _scan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], 
     for value in (*args, *kwargs.values()):
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, Tensor) and item.requires_grad:
-                if isinstance(item, nn.Parameter):
+                if item.is_leaf and isinstance(item, nn.Parameter):
                     trainable = True
                 else:
                     lives.append(item)
@@ -359,9 +376,11 @@ def _claim(activations: list[nn.Module]) -> None:
         for module in activations:
             _claims[module] = _claims.get(module, 0) + 1
             if _claims[module] == 1:
-                if "forward" in module.__dict__:
-                    module.__dict__["_attnlrp_forward"] = module.__dict__["forward"]
-                module.__dict__["forward"] = types.MethodType(activation_forward, module)
+                replaced = module.__dict__.get("forward")
+                if replaced is not None and getattr(replaced, "__func__", None) is not activation_forward:
+                    module.__dict__["_attnlrp_forward"] = replaced
+                # a bound method: equal in every block, so that a compiled model is not compiled again
+                module.__dict__["forward"] = MethodType(activation_forward, module)
 
 
 def _release(activations: list[nn.Module]) -> None:

@@ -173,11 +173,15 @@ def audit(
             "depend on the inputs; expected one number that does: pass target=function of the model's output"
         )
     leaves |= {f"embeddings {k}" if k else "embeddings": x for k, (_, x) in enumerate(books.embeddings)}
-    grads = torch.autograd.grad(explained.sum(), list(leaves.values()), allow_unused=True)
+    wanted = [*leaves.values(), *books.created]
+    grads = torch.autograd.grad(explained.sum(), wanted, allow_unused=True)
+    for x, grad in zip(wanted[len(leaves) :], grads[len(leaves) :], strict=True):
+        own = 0.0 if grad is None else _dot(x, grad)
+        books.entries.append(Entry("requires_grad_", "", own, absorbed={"constant": own}))
     for entry in books.entries:
         if entry.remainder:
             entry.absorb(entry.remainder, entry.leak)
-    reached = {n: 0.0 if g is None else _dot(x, g) for (n, x), g in zip(leaves.items(), grads, strict=True)}
+    reached = {n: 0.0 if g is None else _dot(x, g) for (n, x), g in zip(leaves.items(), grads, strict=False)}
     return Ledger(explained.double().item(), reached, tuple(books.entries), explained.dtype)
 
 
@@ -197,11 +201,14 @@ class _Bookkeeping(Propagation):
     def __init__(self, model: nn.Module, rules: Rules, *, on_unknown: OnUnknown) -> None:
         super().__init__(model, rules, on_unknown=on_unknown)
         self.entries: list[Entry] = []
+        self.created: list[Tensor] = []  # leaves that the model makes itself: constants, though they take gradients
         self._shares = None  # fused attention is taken apart, so that its softmax has an entry
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.requires_grad_ and not args[0].requires_grad:
+            self.created.append(args[0])
         operation = find(func)
         if operation and operation.name in _CASTS and args[0].dtype == torch.float64 and torch.is_grad_enabled():
             with torch.no_grad():

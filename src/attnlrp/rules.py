@@ -128,7 +128,7 @@ def square(op: Callable[..., Any], x: Tensor) -> Any:
 
 
 def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
-    """Identity for x^n with n >= 1: f(x)/x = x^(n-1), the derivative / n. A negative power is a statistic (prop. 3.4)."""
+    """Identity for x^n with n >= 1: f(x)/x = x^(n-1), the derivative / n. A negative power is a statistic."""
     if live(exponent):
         return stabilised_identity()(lambda n: op(x.detach() if live(x) else x, n), exponent)
     if not isinstance(exponent, (int, float)) or 0 < exponent < 1:
@@ -313,14 +313,16 @@ def batch_norm(
 ) -> Tensor:
     """With running statistics an affine map; with those of the batch, as layer_norm over batch and space."""
     args = (running_mean, running_var, weight, bias, training, momentum, eps)
-    if not training:
-        return F.batch_norm(x, *args)
     dims = (0, *range(2, x.dim()))
 
     def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        return F.batch_norm(t, *args), deviation(t, dims, eps)
+        if training or running_var is None:
+            return F.batch_norm(t, *args), deviation(t, dims, eps)
+        rstd = (running_var + eps).rsqrt()
+        return F.batch_norm(t, *args), rstd.view(1, -1, *[1] * (t.dim() - 2))
 
-    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, True)
+    # not torch's own gradient: for running statistics it is wrong on a CPU if the gradient is in channels-last order
+    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, training or running_var is None)
 
 
 def instance_norm(

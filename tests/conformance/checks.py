@@ -12,7 +12,7 @@ import attnlrp
 from attnlrp.errors import UnknownOperationError
 from attnlrp.ledger import Ledger
 
-FORWARD, FORWARD_DOUBLE, CONSERVED = 1e-6, 1e-12, 1e-3
+FORWARD, FORWARD_DOUBLE, CONSERVED, AGREEMENT = 1e-6, 1e-12, 1e-3, 1e-3
 
 
 @dataclass
@@ -65,6 +65,11 @@ def check(result: Result, model: nn.Module, inputs: dict[str, Any]) -> None:
     conserved = audit(model, inputs, attnlrp.CP_LRP, ledger.dtype)
     if not conserved.error <= CONSERVED:
         result.outcome, result.reason = "CP-LRP not conserved", f"error {conserved.error:.1e}"
+        return
+    difference = abs(explained(model.float(), inputs) - sum(ledger.inputs.values())) / ledger.scale
+    if not difference <= AGREEMENT:
+        result.outcome = "not as audited"
+        result.reason = f"relevance of the inputs differs by {difference:.1e} of the largest relevance"
 
 
 def forward_difference(model: nn.Module, inputs: dict[str, Any]) -> float:
@@ -77,6 +82,21 @@ def forward_difference(model: nn.Module, inputs: dict[str, Any]) -> float:
     if not before.isfinite().all():
         raise FloatingPointError("the model's own logits are not finite")
     return ((after - before).abs().max() / before.abs().max()).item()
+
+
+def explained(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """Relevance of the inputs as a user gets it: in float32, with fused kernels, without the ledger."""
+    torch.manual_seed(3)
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items() if _is_explained(k, v)}
+    with attnlrp.propagate(model) as propagation:
+        output = target(model(**inputs | leaves))
+    tensors = [*leaves.values(), *(embeddings for _, embeddings in propagation.embeddings)]
+    grads = torch.autograd.grad(output, tensors, allow_unused=True)
+    return sum((x * g).double().sum().item() for x, g in zip(tensors, grads, strict=True) if g is not None)
+
+
+def _is_explained(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name
 
 
 def books(result: Result, model: nn.Module, inputs: dict[str, Any]) -> Ledger:

@@ -55,7 +55,7 @@ def configure(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTra
     defaults = {k: v for k, v in overrides.items() if k in overrides.get("_first", ())}
     default = kind(**defaults)
     settings = {k: small for k, v in vars(default).items() if (small := _shrink(k, v, default)) is not v}
-    if "num_key_value_heads" in settings and _heads(default) == default.num_key_value_heads:
+    if "num_key_value_heads" in settings and _heads(default) == vars(default)["num_key_value_heads"]:
         settings["num_key_value_heads"] = HEADS  # a model without groups stays one
     for name, nested in kind.sub_configs.items():
         current = getattr(default, name, None)
@@ -150,7 +150,7 @@ def inputs(task: str, kind: str, model: Any) -> dict[str, Any]:
     data, generator = row(task, kind), torch.Generator().manual_seed(2)
     taken = set(inspect.signature(model.forward).parameters)
     arguments: dict[str, Any] = {}
-    if "input_ids" in taken and task != "image-classification":
+    if "input_ids" in taken and (task != "image-classification" or data.get("text")):
         ids = torch.randint(FIRST_FREE, LAST_FREE, (1, data.get("tokens", TOKENS)), generator=generator)
         if task in ("sequence-classification", "question-answering"):
             ids[0, -1] = TOKEN_IDS["eos"]
@@ -164,7 +164,7 @@ def inputs(task: str, kind: str, model: Any) -> dict[str, Any]:
     for name, spec in data.get("inputs", {}).items():
         arguments[name] = _made(spec, generator)
     arguments = {k: v for k, v in arguments.items() if v is not None and (k in taken or "kwargs" in taken)}
-    if task == "image-text-to-text" and "input_ids" in arguments:
+    if (task == "image-text-to-text" or data.get("text")) and "input_ids" in arguments:
         _place_images(model, arguments, data)
     if "mm_token_type_ids" in taken and "input_ids" in arguments:
         arguments["mm_token_type_ids"] = (arguments["input_ids"] == token_id("image_token_id")).long()
@@ -209,10 +209,10 @@ def _place_images(model: Any, arguments: dict[str, Any], data: dict[str, Any]) -
 
 
 def _count_features(model: Any, arguments: dict[str, Any]) -> int:
-    inner = getattr(model, "model", model)
-    owner = next((m for m in (model, inner) if hasattr(m, "get_image_features")), None)
-    if owner is None or "pixel_values" not in arguments:
+    owners = [m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")]
+    if not owners or "pixel_values" not in arguments:
         return 0
+    owner: Any = owners[0]
     taken = inspect.signature(owner.get_image_features).parameters
     with torch.no_grad():
         found = owner.get_image_features(**{k: v for k, v in arguments.items() if k in taken})

@@ -30,7 +30,7 @@ _NAMES = [
     "max_source_positions max_target_positions max_2d_position_embeddings num_position_embeddings"),
     (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (PATCH, "patch_size sliding_window rotary_dim mamba_chunk_size chunk_size attention_window_size"),
-    (4, "mm_tokens_per_image window_size attention_window block_size"),
+    (4, "mm_tokens_per_image num_query_tokens window_size attention_window block_size"),
 ]
 SIZES: dict[str, int] = {name: size for size, names in _NAMES for name in names.split()}
 
