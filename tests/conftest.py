@@ -16,5 +16,6 @@ def seeded() -> None:
 
 
 def pytest_configure() -> None:
-    torch.set_warn_always(True)  # else a warning that torch gives once per process fails only the first test to cause it
+    # else a warning that torch gives once per process fails only the first test that causes it
+    torch.set_warn_always(True)
     torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and several workers share the cores

@@ -345,18 +345,22 @@ def test_a_model_may_write_into_its_embeddings() -> None:
 
     with propagate(Writing()) as propagation:
         propagation.model(torch.tensor([[1, 2]]))[0, 1, 0].backward()
-    (_, embeddings), = propagation.embeddings
+    ((_, embeddings),) = propagation.embeddings
     assert (embeddings.grad[0, 0] == 0).all()
     assert (embeddings.grad[0, 1] != 0).any()
 
 
 def test_functional_call_uses_the_given_parameters() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
-    other = {n: torch.randn_like(p).requires_grad_() for n, p in nn.Sequential(nn.Linear(3, 3), nn.GELU()).named_parameters()}
+    other = {
+        n: torch.randn_like(p).requires_grad_() for n, p in nn.Sequential(nn.Linear(3, 3), nn.GELU()).named_parameters()
+    }
     x = torch.randn(3, requires_grad=True)
     frozen = {n: nn.Parameter(p) for n, p in other.items()}
     with propagate(model):
         y = torch.func.functional_call(model, frozen, (x,))
     y.sum().backward()
     assert all(p.grad is None for p in frozen.values())
-    assert_close((x * x.grad).sum() + ((y / F.linear(x, frozen["0.weight"], frozen["0.bias"])) * frozen["0.bias"]).sum(), y.sum())
+    assert_close(
+        (x * x.grad).sum() + ((y / F.linear(x, frozen["0.weight"], frozen["0.bias"])) * frozen["0.bias"]).sum(), y.sum()
+    )

@@ -55,7 +55,9 @@ def gradients(model: nn.Module, rules: Rules, x: Tensor, *, inside: bool) -> lis
     return found or [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2)]
 
 
-@pytest.mark.parametrize("options", [{}, {"preserve_rng_state": False}, {"early_stop": False}, {"determinism_check": "none"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"preserve_rng_state": False}, {"early_stop": False}, {"determinism_check": "none"}]
+)
 @pytest.mark.parametrize("rules", [ATTNLRP, CP_LRP, SOFTMAX_OMIT, {}])
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_checkpointed_module_has_the_same_relevance(inside: bool, rules: Rules, options: dict[str, Any]) -> None:
@@ -63,6 +65,25 @@ def test_a_checkpointed_module_has_the_same_relevance(inside: bool, rules: Rules
     expected = gradients(blocks(False), rules, x, inside=True)
     found = gradients(blocks(True, use_reentrant=False, **options), rules, x, inside=inside)
     assert all(torch.equal(g, expected[0]) for g in (*expected, *found))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 4), nn.PReLU(), nn.GELU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))]
+)
+def test_a_checkpoint_around_a_few_layers(layer: nn.Module, inside: bool) -> None:
+    found = []
+    for checkpointed in (False, True):
+        x = torch.ones(2, 4, requires_grad=True)
+        with propagate(layer):
+            y = (checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)).sum()
+            if inside:
+                y.backward()
+        if not inside:
+            y.backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert all(p.grad is None for p in layer.parameters())
 
 
 def test_a_checkpoint_inside_a_checkpoint() -> None:
@@ -189,7 +210,8 @@ else:
 
 def test_a_compiled_model_has_no_graph_break_and_the_same_relevance() -> None:
     """In a process of its own: the type checks of these tests would break the graph."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     run = subprocess.run(
         [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -150,7 +150,9 @@ def test_a_rule_for_a_function_wins_over_the_table_and_over_composites() -> None
 
 def test_a_rule_that_counts_factors_takes_lists_and_keywords() -> None:
     x, y = randn(2, 2), randn(2, 2, seed=1)
-    result = explain(lambda x, y: torch.linalg.multi_dot([x, y, x]), x, y, rules=ATTNLRP | {torch.linalg.multi_dot: uniform})
+    result = explain(
+        lambda x, y: torch.linalg.multi_dot([x, y, x]), x, y, rules=ATTNLRP | {torch.linalg.multi_dot: uniform}
+    )
     assert_close(result.received, result.total)
     assert_close(result.relevance[1].sum(), result.total / 3)
 

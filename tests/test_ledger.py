@@ -147,7 +147,9 @@ def test_a_bias_absorbs_its_share() -> None:
         lambda x: torch.addmm(b[:4], x, w[:4].T),
     ):
         ledger = books(lambda x, f=layer: f(x) * head[:4], x=x)
-        share = (b[:3, None] * head[:4]).sum() if "instance" in layer.__code__.co_names[1] else (b[:4] * head[:4]).sum() * 3
+        share = (
+            (b[:3, None] * head[:4]).sum() if "instance" in layer.__code__.co_names[1] else (b[:4] * head[:4]).sum() * 3
+        )
         assert ledger.absorbed["bias"] == pytest.approx(float(share))
         assert_closed(ledger)
 
@@ -177,7 +179,11 @@ def test_softmax_absorbs_by_its_formula(dim: int) -> None:
     s = x.softmax(dim)
     r = s * v
     passed = (x * (r - s * r.sum(dim, keepdim=True))).sum()
-    for function in (lambda x: F.softmax(x, dim=dim) * v, lambda x: x.softmax(dim) * v, lambda x: torch.softmax(x, dim) * v):
+    for function in (
+        lambda x: F.softmax(x, dim=dim) * v,
+        lambda x: x.softmax(dim) * v,
+        lambda x: torch.softmax(x, dim) * v,
+    ):
         ledger = books(function, x=x)
         assert ledger.absorbed["softmax"] == pytest.approx(float(r.sum() - passed))
         assert ledger.inputs["x"] == pytest.approx(float(passed))
@@ -201,7 +207,9 @@ def test_the_stabiliser_absorbs_by_its_formula() -> None:
     eps = torch.finfo(torch.float64).eps ** 0.5
     ledger = books(lambda x: x.sigmoid() * w[:3], x=x)
     gate = x.sigmoid() * w[:3]
-    assert ledger.absorbed["stabiliser"] == pytest.approx(float((gate * (1 - x / (x + eps * x.sign()))).sum()), rel=1e-5)
+    assert ledger.absorbed["stabiliser"] == pytest.approx(
+        float((gate * (1 - x / (x + eps * x.sign()))).sum()), rel=1e-5
+    )
     assert_closed(ledger)
     assert_closed(books(lambda x: x.abs().pow(0.25) + x.abs().sqrt(), x=x))
 
@@ -319,7 +327,9 @@ def test_in_place_writes_views_and_composites_are_accounted_for(function: Callab
 
 def test_a_router_in_float32_of_a_float64_model_stays_in_float64() -> None:
     w = nn.Parameter(randn(2, 4))
-    assert_closed(books(lambda x: F.linear(x.type(torch.float32), w.type(torch.float32)).softmax(-1, dtype=torch.float32)))
+    assert_closed(
+        books(lambda x: F.linear(x.type(torch.float32), w.type(torch.float32)).softmax(-1, dtype=torch.float32))
+    )
 
 
 # --- what is explained ------------------------------------------------------------------------------------------
@@ -362,7 +372,9 @@ def test_a_ledger_without_relevance_has_a_finite_error() -> None:
     ledger = Ledger(target=0.0, inputs={"x": 0.0}, entries=(), dtype=torch.float64)
     assert ledger.error == 0
     assert ledger.closes
-    leaking = Ledger(1.0, {"x": 0.5}, (Entry("mul", "a (A)", 1.0, 0.5), Entry("add", "b (B)", 1.0, 0.25)), torch.float32)
+    leaking = Ledger(
+        1.0, {"x": 0.5}, (Entry("mul", "a (A)", 1.0, 0.5), Entry("add", "b (B)", 1.0, 0.25)), torch.float32
+    )
     assert [e.operation for e in leaking.leaks()] == ["add", "mul"]
     assert leaking.error == pytest.approx(0.5)
     nan = Ledger(1.0, {"x": 1.0}, (Entry("mul", "a (A)", float("nan"), 0.5),), torch.float32)

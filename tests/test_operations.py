@@ -131,7 +131,10 @@ SPELLINGS: dict[str, tuple[tuple[Tensor, ...], list[Callable[..., Tensor]]]] = {
             lambda x: F.silu(input=x, inplace=False),
         ],
     ),
-    "hardswish": ((X,), [F.hardswish, torch.nn.Hardswish(), lambda x: F.hardswish(x.clone(), True), lambda x: F.hardswish(x, False)]),
+    "hardswish": (
+        (X,),
+        [F.hardswish, torch.nn.Hardswish(), lambda x: F.hardswish(x.clone(), True), lambda x: F.hardswish(x, False)],
+    ),
     "elu": ((X,), [F.elu, torch.nn.ELU(), lambda x: F.elu(x.clone(), 1.0, True), lambda x: F.elu_(x.clone())]),
     "relu": (
         (X,),
@@ -236,7 +239,9 @@ def test_spellings_map_to_one_name(name: str, functions: list[Any]) -> None:
         operation = find(function)
         assert operation is not None, function
         assert operation.name == name
-        spelled_in_place = re.search(r"^__i|(?<!_)_$|^__setitem__$", str(getattr(function, "_opname", function.__name__)))
+        spelled_in_place = re.search(
+            r"^__i|(?<!_)_$|^__setitem__$", str(getattr(function, "_opname", function.__name__))
+        )
         assert operation.in_place == bool(spelled_in_place)
 
 
@@ -319,7 +324,9 @@ def test_writing_in_place_changes_neither_value_nor_relevance(name: str) -> None
         lambda x: F.avg_pool1d(x[None], 2) + F.max_pool1d(x[None], 2),
         lambda x: F.interpolate(x[None, None], scale_factor=2.0, mode="bilinear"),
         lambda x: torch.fft.rfft(x).real + torch.fft.fft(x).imag[:, :2],
-        lambda x: torch.view_as_real(torch.view_as_complex(x[:, :2].contiguous()) * torch.polar(POSITIVE[0, 0], X[0, 0])),
+        lambda x: torch.view_as_real(
+            torch.view_as_complex(x[:, :2].contiguous()) * torch.polar(POSITIVE[0, 0], X[0, 0])
+        ),
         lambda x: torch.gather(x, 1, torch.tensor([[0], [2], [1]])) - x.mean(-1, keepdim=True),
         lambda x: abs(x) + -x + (+x),
         lambda x: torch.einsum("ij->ji", x) + x.sum().expand(3, 3),

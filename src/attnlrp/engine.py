@@ -139,7 +139,7 @@ class Propagation(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
             self._refuse_hidden(lives)
-            if plan is not func:  # a region without any rule is recomputed as it is
+            if plan is not func or trainable:  # a region without rules and parameters is recomputed as it is
                 _follow_checkpoint(self)
         return self._apply(func, args, kwargs)
 

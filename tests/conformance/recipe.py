@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .rows import ROWS
-from .sizes import HEADS, SIZES, TOKEN_IDS
+from .sizes import GROWING, HEAD_COUNTS, HEADS, LAYER_COUNTS, LAYERS, SIZES, TOKEN_IDS
 
 TASKS = {
     "causal-lm": "CAUSAL_LM",
@@ -52,10 +52,10 @@ def row(task: str, kind: str) -> dict[str, Any]:
 
 def configure(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
     """The default configuration, with every size that `SIZES` knows made small; nested ones too."""
-    defaults = {k: v for k, v in overrides.items() if k in overrides.get("_first", ())}
-    default = kind(**defaults)
+    default = kind()
     settings = {k: small for k, v in vars(default).items() if (small := _shrink(k, v, default)) is not v}
-    if "num_key_value_heads" in settings and _heads(default) == vars(default)["num_key_value_heads"]:
+    heads = next((vars(default)[name] for name in HEAD_COUNTS if name in vars(default)), None)
+    if "num_key_value_heads" in settings and heads == vars(default)["num_key_value_heads"]:
         settings["num_key_value_heads"] = HEADS  # a model without groups stays one
     for name, nested in kind.sub_configs.items():
         current = getattr(default, name, None)
@@ -63,9 +63,7 @@ def configure(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTra
         if isinstance(given, dict) and (current is not None or given):
             nested = type(current) if current is not None else CONFIG_MAPPING[given["model_type"]]
             settings[name] = configure(nested, {k: v for k, v in given.items() if k != "model_type"})
-    settings |= {k: v for k, v in overrides.items() if k not in kind.sub_configs and k != "_first"}
-    settings |= {k: v for k, v in overrides.items() if k in kind.sub_configs and not isinstance(v, dict)}
-    return kind(**settings)
+    return kind(**settings | {k: v for k, v in overrides.items() if k not in kind.sub_configs})
 
 
 def _shrink(name: str, value: Any, config: PreTrainedConfig) -> Any:
@@ -76,38 +74,33 @@ def _shrink(name: str, value: Any, config: PreTrainedConfig) -> Any:
     if isinstance(value, dict) and "mrope_section" in value:
         half = int(16 * value.get("partial_rotary_factor", 1)) // 2
         return value | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    if isinstance(value, (list, tuple)) and name not in SIZES:
-        return _sample(value, config)
-    small = SIZES.get(name, value)
-    if isinstance(value, (list, tuple)) and isinstance(small, int):
+    small, depth = SIZES.get(name), _depth(config)
+    if isinstance(value, (list, tuple)):
         if len(value) == layers(config):
-            return [small] * 2
-        small = [small * 2**k for k in range(len(value))] if name in GROWING else [small] * len(value)
-    elif isinstance(small, (list, tuple)) and not isinstance(value, (list, tuple)):
-        return small[0]
-    return small if not isinstance(value, (int, float)) or name in ("vocab_size",) or small < value else value
-
-
-GROWING = ("hidden_sizes", "num_heads", "num_attention_heads", "embed_dim", "embed_dims", "dim_embed", "out_channels")
-
-
-def _heads(config: PreTrainedConfig) -> Any:
-    return next((vars(config)[n] for n in ("num_attention_heads", "num_heads", "n_head", "n_heads") if n in vars(config)), None)
+            return _sample(value, depth) if small is None else [small] * depth
+        if small is None:
+            return value
+        return [small * 2**k if name in GROWING else small for k in range(len(value))]
+    if small is None or not isinstance(value, (int, float)):
+        return value if small is None else small
+    return depth if name in LAYER_COUNTS else small if name == "vocab_size" else min(small, value)
 
 
 def layers(config: PreTrainedConfig) -> int:
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth"):
-        if isinstance(value := vars(config).get(name), int):
-            return value
-    return -1
+    """How many layers the configuration has; -1 if it does not say so in one number."""
+    return next((value for name in LAYER_COUNTS if isinstance(value := vars(config).get(name), int)), -1)
 
 
-def _sample(values: Any, config: PreTrainedConfig) -> Any:
-    """A list with one item per layer, cut to as few layers as show every kind of item, in order of appearance."""
-    if len(values) != layers(config):
-        return values
+def _depth(config: PreTrainedConfig) -> int:
+    """Two layers, or as many as it takes to have one of each kind."""
+    lists = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and len(v) == layers(config)]
+    return max([LAYERS, *(len(set(v)) for v in lists if all(isinstance(kind, str) for kind in v))])
+
+
+def _sample(values: Any, depth: int) -> Any:
+    """A list with one item per layer, cut to `depth` items: one of each kind, in order of appearance, then the last."""
     distinct = [v for k, v in enumerate(values) if v not in values[:k]]
-    return type(values)((distinct + [values[-1]] * 2)[:2])
+    return type(values)((distinct + [values[-1]] * depth)[:depth])
 
 
 def token_id(name: str) -> int:
@@ -191,7 +184,9 @@ def _images(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _pixels(config: Any) -> tuple[int, ...]:
-    vision = next((c for n in ("vision_config", "encoder", "backbone_config") if (c := getattr(config, n, None))), config)
+    vision = next(
+        (c for n in ("vision_config", "encoder", "backbone_config") if (c := getattr(config, n, None))), config
+    )
     size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or 32
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = next((c for n in ("num_channels", "in_channels", "in_chans") if (c := getattr(vision, n, None))), 3)

@@ -102,7 +102,10 @@ def run(rows: list[tuple[str, str]], jobs: int, timeout: float = TIMEOUT) -> lis
                 working.remove(worker)
                 results.append(result)
                 merge([result])
-                print(f"{result.task:24} {result.kind:26} {result.seconds:5.1f} {result.outcome:12} {result.reason}", flush=True)
+                print(
+                    f"{result.task:24} {result.kind:26} {result.seconds:5.1f} {result.outcome:12} {result.reason}",
+                    flush=True,
+                )
     return results
 
 

@@ -52,6 +52,7 @@ def _section(task: str, results: list[dict[str, Any]]) -> str:
     for r in results:
         absorbed = ", ".join(f"{k} {v:.3f}" for k, v in r["shares"].items() if k in INPUTS_FIRST and abs(v) >= 0.0005)
         inputs = ", ".join(f"{k} {v:.3f}" for k, v in r["shares"].items() if k not in INPUTS_FIRST)
-        why = "; ".join(filter(None, (row(task, r["kind"]).get("note", ""), r["reason"].replace("|", "\\|"))))
+        reason = r["reason"].split(": add a row to the table")[0].replace("|", "\\|")
+        why = "; ".join(filter(None, (row(task, r["kind"]).get("note", ""), reason)))
         lines.append(f"| {r['kind']} | {r['outcome']} | {r['dtype']} | {inputs} | {absorbed} | {why} |")
     return "\n".join([*lines, ""])
