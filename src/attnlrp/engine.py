@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -19,15 +15,11 @@ from torch._C import _functorch as functorch
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.nn.modules._functions import BackwardHookFunction
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    handle_torch_function,
-    has_torch_function_unary,
-    resolve_name,
-)
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 
+from attnlrp.activations import activation_forward, activation_name, claim, is_written_out, own_forward, release
 from attnlrp.backward import RuleFunction, live, scale_gradient
+from attnlrp.checkpoint import follow_checkpoint
 from attnlrp.errors import UnknownOperationError
 from attnlrp.operations import COMPOSITES, PASSED, Operation, find
 from attnlrp.rules import ATTNLRP, Rules, attention_shares, gradient
@@ -86,7 +78,7 @@ class Propagation(TorchFunctionMode):
         self._lookup = _input_embeddings(model)
         self._shares = attention_shares(rules)
         self._plans: dict[Any, Callable[..., Any] | None] = {}
-        self._activations = list(filter(_is_written_out, model.modules())) if rules else []
+        self._activations = list(filter(is_written_out, model.modules())) if rules else []
         scripted = [n for n, m in model.named_modules() if rules and isinstance(m, torch.jit.ScriptModule)]
         if scripted:
             self._report(f"torch.jit.ScriptModule {scripted[0] or '(top)'}")
@@ -98,13 +90,13 @@ class Propagation(TorchFunctionMode):
         self._outer = next((m for m in reversed(modes) if isinstance(m, Propagation)), None)
         if self._outer is not None:
             self._outer._shadows += 1
-        _claim(self._activations)
+        claim(self._activations)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        _release(self._activations)
+        release(self._activations)
         if self._outer is not None:
             self._outer._shadows -= 1
 
@@ -140,7 +132,7 @@ class Propagation(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             self._refuse_hidden(lives)
             if plan is not func or trainable:  # a region without rules and parameters is recomputed as it is
-                _follow_checkpoint(self)
+                follow_checkpoint(self)
         return self._apply(func, args, kwargs)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +164,7 @@ class Propagation(TorchFunctionMode):
             return composite(*args, **kwargs)
 
     def _activate(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        operation = Operation(activation_name(module), partial(_own_forward, module))
+        operation = Operation(activation_name(module), partial(own_forward, module))
         rule = self.rules.get(operation.name, gradient)
         return operation.call(*args, **kwargs) if rule is gradient else _by_rule(rule, operation, *args, **kwargs)
 
@@ -323,100 +315,3 @@ def write(target: Tensor, result: Tensor) -> Tensor:
     """Write a result in place; a target that it makes constant is live no longer, so that no relevance ends in it."""
     target.copy_(result)
     return target if live(result) or not live(target) or target._is_view() else target.detach_()
-
-
-# --- activation modules written out in Python are one element-wise function ----------------------------------------
-
-_CLOSED_FORMS = {
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "MishActivation": "mish",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "AccurateGELUActivation": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-}
-_NAMES = re.compile(r"(gelu|gelutanh|silu|swish|mish|relu|elu)(activation)?$", re.IGNORECASE)
-_claims: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_claims_lock = threading.Lock()
-
-
-def activation_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the forward of an activation module while a block is open: shows the call as one operation."""
-    x, *rest = args or (kwargs.pop(next(iter(kwargs))),)
-    if torch.compiler.is_compiling():  # where the question below is answered without looking at modes
-        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, Propagation)]
-        if modes:
-            with torch._C.DisableTorchFunction():
-                return modes[-1].__torch_function__(activation_forward, (), (self, x, *rest), kwargs)
-    if has_torch_function_unary(x):
-        return handle_torch_function(activation_forward, (x,), self, x, *rest, **kwargs)
-    return _own_forward(self, x, *rest, **kwargs)
-
-
-def activation_name(module: nn.Module) -> str:
-    """The row of the table for an activation module."""
-    return _CLOSED_FORMS.get(type(module).__name__, "activation")
-
-
-def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    replaced = module.__dict__.get("_attnlrp_forward")
-    return type(module).forward(module, *args, **kwargs) if replaced is None else replaced(*args, **kwargs)
-
-
-def _is_written_out(module: nn.Module) -> bool:
-    """Whether a module is an activation function, by its name; those of torch are single operations already."""
-    kind = type(module)
-    return not kind.__module__.startswith("torch.") and bool(_NAMES.search(kind.__name__)) and not module._modules
-
-
-def _claim(activations: list[nn.Module]) -> None:
-    with _claims_lock:
-        for module in activations:
-            _claims[module] = _claims.get(module, 0) + 1
-            if _claims[module] == 1:
-                replaced = module.__dict__.get("forward")
-                if replaced is not None and getattr(replaced, "__func__", None) is not activation_forward:
-                    module.__dict__["_attnlrp_forward"] = replaced
-                # a bound method: equal in every block, so that a compiled model is not compiled again
-                module.__dict__["forward"] = MethodType(activation_forward, module)
-
-
-def _release(activations: list[nn.Module]) -> None:
-    with _claims_lock:
-        for module in activations:
-            _claims[module] -= 1
-            if _claims[module] == 0:
-                del _claims[module], module.__dict__["forward"]
-                if "_attnlrp_forward" in module.__dict__:
-                    module.__dict__["forward"] = module.__dict__.pop("_attnlrp_forward")
-
-
-# --- checkpointing ------------------------------------------------------------------------------------------------
-
-
-def _follow_checkpoint(propagation: Propagation) -> None:
-    """Inside a checkpointed region, make its recomputation run under the same rules.
-
-    The recomputation happens in the backward pass: outside of the block, and on a GPU in another thread. torch offers
-    `context_fn` for it, but only to the caller of `checkpoint`, which is the model; so the region's frame is reached
-    through its saved-tensor hooks.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or not getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
-        return
-    cells = dict(zip(hooks[0].__code__.co_freevars, hooks[0].__closure__ or (), strict=True))
-    frame = cells["frame"].cell_contents
-    if not hasattr(frame.recompute_fn, "propagation"):
-        frame.recompute_fn = _Recomputation(frame.recompute_fn, propagation)
-
-
-class _Recomputation:
-    def __init__(self, function: Callable[..., Any], propagation: Propagation) -> None:
-        self.function, self.propagation = function, propagation
-
-    def __call__(self, *args: Any) -> None:
-        outer = self.propagation
-        with type(outer)(outer.model, outer.rules, on_unknown=outer.on_unknown):
-            self.function(*args)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnlrp.activations import activation_forward, activation_name
 from attnlrp.backward import RuleFunction, live
-from attnlrp.engine import OnUnknown, Propagation, activation_forward, activation_name, module_path, write
+from attnlrp.engine import OnUnknown, Propagation, module_path, write
 from attnlrp.errors import InputError
 from attnlrp.operations import COMPOSITES, VIEWS, Operation, find
 from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, power, stabilised_identity
