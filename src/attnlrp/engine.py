@@ -39,8 +39,8 @@ def propagate(model: nn.Module, rules: Rules = ATTNLRP, *, on_unknown: OnUnknown
     and run in several threads at once.
 
     Args:
-        model: any module. If it has `get_input_embeddings()`, the result of embedding token indices with them
-            becomes an explained input, listed in `Propagation.embeddings`.
+        model: any module. If it has `get_input_embeddings()`, or its encoder or decoder has, the result of embedding
+            token indices with them becomes an explained input, listed in `Propagation.embeddings`.
         rules: table of operation -> rule, see `attnlrp.rules`.
         on_unknown: what to do about an operation without a rule: "error" raises, "warn" warns and keeps its plain
             gradient, "gradient" keeps it in silence.
@@ -75,7 +75,7 @@ class Propagation(TorchFunctionMode):
             raise ValueError(f"on_unknown: got {on_unknown!r}, expected 'error', 'warn' or 'gradient'")
         self.model, self.rules, self.on_unknown = model, rules, on_unknown
         self.embeddings: list[tuple[Tensor, Tensor]] = []
-        self._lookup = _input_embeddings(model)
+        self._lookups = _token_embeddings(model)
         self._shares = attention_shares(rules)
         self._plans: dict[Any, Callable[..., Any] | None] = {}
         self._activations = list(filter(is_written_out, model.modules())) if rules else []
@@ -121,7 +121,7 @@ class Propagation(TorchFunctionMode):
             plan = self._plans[func] = self._plan(func)
         if plan is None:
             return func(*args, **kwargs)
-        if func is F.embedding and self._lookup is not None and self._weight(args, kwargs) is self._lookup.weight:
+        if func is F.embedding and self._looks_up_tokens(args, kwargs):
             return self._embed(func, args, kwargs)
         lives, trainable = _scan(args, kwargs)
         if trainable:
@@ -179,8 +179,9 @@ class Propagation(TorchFunctionMode):
 
     # --- explained inputs -----------------------------------------------------------------------------------------
 
-    def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs["weight"] if "weight" in kwargs else args[1]
+    def _looks_up_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        weight = kwargs["weight"] if "weight" in kwargs else args[1]
+        return any(weight is table.weight for table in self._lookups)
 
     def _embed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -253,16 +254,21 @@ def module_path(model: nn.Module) -> str:
     return "(outside the model)"
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    find_embeddings = getattr(model, "get_input_embeddings", None)
-    try:
-        found = find_embeddings() if callable(find_embeddings) else None
-    except (AttributeError, NotImplementedError):
-        found = None
-    if isinstance(found, nn.Module) and isinstance(getattr(found, "weight", None), Tensor):
+def _token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The tables of token embeddings: of the model, and of an encoder and a decoder that do not share it."""
+    own: Any = model
+    found: list[nn.Module] = []
+    for part in (lambda: own, lambda: own.get_encoder(), lambda: own.get_decoder()):
+        try:
+            table = part().get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(table, nn.Module) and isinstance(getattr(table, "weight", None), Tensor):
+            found.append(table)
+    if found:
         return found
     rows = getattr(getattr(model, "config", None), "vocab_size", None)  # a model that does not say: by its size
-    return next((m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows), None)
+    return next(([m] for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows), [])
 
 
 def _scan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], bool]:
