@@ -392,9 +392,9 @@ def test_models_lists_what_there_is(run: Run, tmp_path: Path, monkeypatch: pytes
 
 
 OPTIONS = {
-    "explain": "--file --model --target --target-sum --against --position --generate --temperature --rules --words "
-    "--top --html --png --save --json --device --dtype",
-    "audit": "--file --model --target --rules --depth --json --device --dtype",
+    "explain": "--file --model --target --target-sum --against --position --generate --context --prefix "
+    "--image --chat --temperature --rules --memory --words --top --html --png --save --json --device --dtype",
+    "audit": "--file --model --target --context --rules --depth --json --device --dtype",
     "models": "--json",
 }
 

@@ -167,10 +167,27 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"target": [Continuation(" a"), 1]}, r"^target: a Continuation .* must be the only target$"),
     ("gpt2", {"target": Continuation(" a"), "position": 0}, r"^target: a Continuation follows the whole prompt"),
     ("gpt2", {"target": Continuation("")}, r"^target: the continuation '' has no token$"),
-    ("bert", {"generate": 2}, r"need a causal language model, got sequence-classification$"),
-    ("bert", {"position": 0}, r"need a causal language model, got sequence-classification$"),
-    ("bert", {"target": Continuation("a")}, r"need a causal language model, got sequence-classification$"),
-    ("bert", {"target": [0, Continuation("a")]}, r"need a causal language model, got sequence-classification$"),
+    ("bert", {"generate": 2}, r"^generate: .* is a model for sequence-classification; .* for causal-lm, .*seq2seq-lm"),
+    ("bert", {"position": 0}, r"^position: .* is a model for sequence-classification; this option is for causal-lm"),
+    (
+        "bert",
+        {"target": Continuation("a")},
+        r"^continuation: BertForSequenceClassification is a model for sequence-classification",
+    ),
+    (
+        "bert",
+        {"target": [0, Continuation("a")]},
+        r"^continuation: BertForSequenceClassification is a model for sequence-classification",
+    ),
+    ("bert", {"context": "a"}, r"^context: .*; this option is for question-answering$"),
+    ("gpt2", {"prefix": "a"}, r"^prefix: .*; this option is for seq2seq-lm$"),
+    ("bert", {"image": "a.png"}, r"^image: .* is a model for sequence-classification; .* for image-text-to-text$"),
+    (
+        "gpt2",
+        {"image": "a.png"},
+        r"^image: GPT2LMHeadModel is a model for causal-lm; this option is for image-text-to-text$",
+    ),
+    ("gpt2", {"chat": True}, r"^chat: this model's tokenizer has no chat template; give the prompt as one text"),
 ]
 
 
@@ -188,9 +205,9 @@ def test_a_model_without_anything_to_explain() -> None:
     with pytest.raises(ModelError) as caught:
         Explainer(model, build_tokenizer("wordpiece"))
     message = str(caught.value)
-    assert message.startswith("BertModel has no output that can be explained: expected a model for one of causal-lm")
-    assert "ForSequenceClassification" in message
-    assert "ForCausalLM" in message
+    assert message.startswith("BertModel has no output that can be explained: expected a model of transformers for one")
+    assert "sequence-classification" in message
+    assert "attnlrp.propagate" in message
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -183,7 +183,8 @@ def test_every_look_up_of_the_tokens_counts() -> None:
 def test_a_model_without_token_embeddings_is_told_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = build("gpt2")
     other = nn.Embedding(3, 3)
-    monkeypatch.setattr(type(model), "get_input_embeddings", lambda self: other)
+    for part in (model, model.transformer):
+        monkeypatch.setattr(type(part), "get_input_embeddings", lambda self: other)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with pytest.raises((ModelError, NumericalError), match=r"does not look its tokens up .*use attnlrp\.propagate"):

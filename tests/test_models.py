@@ -196,11 +196,11 @@ def test_a_model_that_transformers_does_not_know(copy: Path, changes: dict[str, 
     refused(copy, match)
 
 
-@pytest.mark.parametrize("name", ["GPT2Model", "BertModel", "GPT2ForTokenClassification", "BertForMaskedLM"])
+@pytest.mark.parametrize("name", ["GPT2Model", "BertModel", "BertForNextSentencePrediction", "BertForMultipleChoice"])
 def test_a_task_that_has_nothing_to_explain(copy: Path, name: str) -> None:
     configure(copy, architectures=[name])
     with pytest.raises(
-        ModelError, match=f"^{name} has no output that can be explained: expected .* causal-lm, sequence-c"
+        ModelError, match=f"^{name} has no output that can be explained: expected .* causal-lm, .*sequence-c"
     ):
         models.load(copy)
 

@@ -19,7 +19,6 @@ from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
-    from attnlrp.explanation import Explanation
     from attnlrp.ledger import Ledger
 
 __all__ = ["app", "main"]
@@ -43,6 +42,10 @@ Model = Annotated[
 Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
 ]
+Context = Annotated[
+    str | None,
+    typer.Option(help="Text that holds the answer, where the model answers out of one.", show_default=False),
+]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
 Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
 Json = Annotated[
@@ -59,6 +62,13 @@ class Preset(str, enum.Enum):
     softmax_identity = "softmax-identity"
     softmax_distribute = "softmax-distribute"
     softmax_omit = "softmax-omit"
+
+
+class Memory(str, enum.Enum):
+    """What the forward pass keeps for the backward pass."""
+
+    full = "full"
+    checkpoint = "checkpoint"
 
 
 Rules = Annotated[Preset, typer.Option("--rules", help="Table of rules; the softmax ones are known to be unstable.")]
@@ -83,11 +93,24 @@ def explain(
         typer.Option(help="Token whose prediction is explained, -1 the last; may be repeated.", show_default=False),
     ] = None,
     generate: Annotated[int, typer.Option(min=0, help="Generate N tokens and explain each of them.")] = 0,
+    context: Context = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What the decoder of an encoder-decoder has written already.", show_default=False),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture for a vision-language model; may be repeated.", show_default=False),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text into the model's chat template.")] = False,
     temperature: Annotated[
         float | None,
         typer.Option(help="Explain the softmax output at this temperature, not the logit.", show_default=False),
     ] = None,
     rules: Rules = Preset.attnlrp,
+    memory: Annotated[
+        Memory, typer.Option(help="checkpoint computes layers again in the backward pass: less memory, more time.")
+    ] = Memory.full,
     words: Annotated[bool, typer.Option("--words", help="Join the pieces of each word.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table of most relevant tokens.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", show_default=False)] = None,
@@ -104,7 +127,7 @@ def explain(
     if target is not None and target_sum is not None:
         raise InputError("--target and --target-sum exclude each other")
     with _progress(json_to) as report:
-        explainer = _explainer(model, rules, device, dtype, report)
+        explainer = _explainer(model, rules, device, dtype, report, memory)
         report("explaining")
         from attnlrp.targets import Continuation
 
@@ -114,6 +137,10 @@ def explain(
             against=_number(against),
             position=position,
             generate=generate,
+            context=context,
+            prefix=prefix,
+            image=image or None,
+            chat=chat,
             output="logit" if temperature is None else "probability",
             temperature=1.0 if temperature is None else temperature,
         )
@@ -124,7 +151,9 @@ def explain(
     if json_to is not None:
         _write_json(explanation.to_dict(), json_to)
     if json_to != "-":
-        _show(explanation, top)
+        from attnlrp import show
+
+        show.show(explanation, top=top)
 
 
 @app.command()
@@ -133,6 +162,7 @@ def audit(
     file: File = None,
     model: Model = None,
     target: Target = None,
+    context: Context = None,
     rules: Rules = Preset.attnlrp,
     depth: Annotated[int, typer.Option(min=1, help="Path parts by which modules are joined.")] = 3,
     json_to: Json = None,
@@ -144,7 +174,7 @@ def audit(
     with _progress(json_to) as report:
         explainer = _explainer(model, rules, device, dtype, report)
         report("auditing every operation")
-        ledger = explainer.audit(prompt, target=_number(target))
+        ledger = explainer.audit(prompt, target=_number(target), context=context)
     if json_to is not None:
         _write_json(ledger.to_dict(), json_to)
     if json_to != "-":
@@ -157,7 +187,8 @@ def audit(
 def list_models(json_to: Json = None) -> None:
     """List what is packaged, what is cached, and what the default is."""
     from attnlrp import demo
-    from attnlrp.models import TASKS, cache_folder, cached_models
+    from attnlrp.models import cache_folder, cached_models
+    from attnlrp.tasks import TASKS
 
     found = {
         "default": demo.NAME,
@@ -216,11 +247,19 @@ def _number(target: str | None) -> str | int | None:
     return target
 
 
-def _explainer(model: str | None, rules: Preset, device: str | None, dtype: str | None, report: Any) -> Explainer:
+def _explainer(
+    model: str | None,
+    rules: Preset,
+    device: str | None,
+    dtype: str | None,
+    report: Any,
+    memory: Memory = Memory.full,
+) -> Explainer:
     from attnlrp.explainer import Explainer
     from attnlrp.rules import PRESETS
 
-    return Explainer.from_pretrained(model, rules=PRESETS[rules.value], device=device, dtype=dtype, report=report)
+    options: Any = {"rules": PRESETS[rules.value], "memory": memory.value}
+    return Explainer.from_pretrained(model, **options, device=device, dtype=dtype, report=report)
 
 
 @contextmanager
@@ -228,12 +267,6 @@ def _progress(json_to: str | None) -> Iterator[Any]:
     """One line on standard error that says what takes its time."""
     with errors.status("starting") as status:
         yield lambda step: status.update(escape(step))
-
-
-def _show(explanation: Explanation, top: int) -> None:
-    from attnlrp.show import terminal
-
-    Console().print(terminal.render(explanation, top=top))
 
 
 def _show_ledger(ledger: Ledger, depth: int) -> None:

@@ -5,27 +5,33 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from attnlrp import __version__, models
-from attnlrp.engine import Propagation, propagate
-from attnlrp.errors import InputError, ModelError, NumericalError, OutOfMemoryError, TargetError
+from attnlrp import __version__, checkpoint, models
+from attnlrp.columns import Columns, arrange, widen
+from attnlrp.engine import propagate
+from attnlrp.errors import InputError, ModelError, NumericalError, OutOfMemoryError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
+from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.ledger import Ledger, audit
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
-from attnlrp.targets import OTHERS, Continuation, Output, Scalar, Target, class_index, token_index
-from attnlrp.tokens import name_of, pieces, words
+from attnlrp.targets import OTHERS, Continuation, Output, Scalar, Target
+from attnlrp.tasks import LOGITS, TASKS, Question, Request, Slot, pad_of
+from attnlrp.tokens import pieces, words
 
 __all__ = ["Explainer"]
 
 CANDIDATES = 5
+
+Memory: TypeAlias = Literal["full", "checkpoint"]
+Conversation: TypeAlias = "list[dict[str, Any]]"
 
 
 class _Options(TypedDict, total=False):
@@ -33,25 +39,12 @@ class _Options(TypedDict, total=False):
     against: str | int | None
     position: int | Sequence[int] | None
     generate: int
+    context: str | Sequence[str] | None
+    prefix: str | None
+    image: Picture | Sequence[Picture] | None
+    chat: bool
     output: Output
     temperature: float
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """An output that is not decided yet: None stands for the prediction at its position."""
-
-    position: int | None
-    target: str | int | None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One text, tokenised, and what to explain of it: each row is a sum over slots."""
-
-    ids: list[int]
-    prompt: int  # how many of the ids are the prompt; the rest was generated or given as its continuation
-    rows: list[list[_Slot]]
 
 
 @dataclass(frozen=True)
@@ -64,12 +57,14 @@ class _Form:
 
 
 class Explainer:
-    """Explains the outputs of one model.
+    """Explains the outputs of one model; what it is asked for follows from the model's task (see `attnlrp models`).
 
     Args:
-        model: a language model or a classifier of `transformers`; neither it nor its parameters are changed.
-        tokenizer: its tokenizer.
+        model: a language model or classifier of `transformers`; neither it nor its parameters are changed.
+        tokenizer: its tokenizer; for a vision-language model, its processor.
         rules: table of rules.
+        memory: "full", or "checkpoint" to compute each layer again in the backward pass instead of keeping what it
+            computed: less memory, more time, the same relevance.
         name: name of the model to keep with its explanations.
 
     Raises:
@@ -80,11 +75,18 @@ class Explainer:
         >>> explainer("Paris is the capital of France. Berlin is the capital of").show()
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, rules: Rules = ATTNLRP, name: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, rules: Rules = ATTNLRP, memory: Memory = "full", name: str | None = None
+    ) -> None:
+        if memory not in ("full", "checkpoint"):
+            raise InputError(f"memory: got {memory!r}, expected 'full' or 'checkpoint'")
         self.task = models.task_of(model)
-        self.model, self.tokenizer, self.rules = model, tokenizer, rules
+        self.model, self.tokenizer, self.rules, self.memory = model, tokenizer, rules, memory
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._accepted = set(inspect.signature(model.forward).parameters)
+        processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
+        self.tokenizer = tokenizer if processor is None else processor.tokenizer
+        self._accepted = set(inspect.signature(models.unwrapped(model).forward).parameters)
+        self._task = TASKS[self.task](model, self.tokenizer, processor, self._check_length)
 
     @classmethod
     def from_pretrained(
@@ -92,39 +94,50 @@ class Explainer:
         name: str | Path | None = None,
         *,
         rules: Rules = ATTNLRP,
+        memory: Memory = "full",
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         report: models.Report | None = None,
     ) -> Explainer:
         """Load a model by hub name, folder or GGUF file; without a name the packaged one (see `models.load`)."""
         model, tokenizer, shown = models.load(name, device=device, dtype=dtype, report=report)
-        return cls(model, tokenizer, rules=rules, name=shown)
+        return cls(model, tokenizer, rules=rules, memory=memory, name=shown)
 
     @overload
-    def __call__(self, text: str, **options: Unpack[_Options]) -> Explanation: ...
+    def __call__(self, text: str | Conversation, **options: Unpack[_Options]) -> Explanation: ...
     @overload
     def __call__(self, text: list[str] | tuple[str, ...], **options: Unpack[_Options]) -> list[Explanation]: ...
     def __call__(
         self,
-        text: str | list[str] | tuple[str, ...],
+        text: str | Conversation | list[str] | tuple[str, ...],
         *,
         target: Target | Sequence[Target] = None,
         against: str | int | None = None,
         position: int | Sequence[int] | None = None,
         generate: int = 0,
+        context: str | Sequence[str] | None = None,
+        prefix: str | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        chat: bool = False,
         output: Output = "logit",
         temperature: float = 1.0,
     ) -> Explanation | list[Explanation]:
         """Explain one text, or a batch of texts (each as if it were alone; padding gets nothing).
 
         Args:
-            text: the prompt, or a list of them.
-            target: the output to explain: text or index of a token, name or index of a class, a `Continuation` for the
-                sum over several tokens; None for the model's own prediction. A list gives one row each.
+            text: the prompt, or a list of them; a conversation (list of {"role": ..., "content": ...}) for a model
+                with a chat template; the question for extractive question answering.
+            target: the output to explain: text or index of a token, name or index of a class, an answer out of
+                `context`, a `Continuation` for the sum over several tokens; None for the model's own prediction. A
+                list gives one row each (an answer gives two: its start and its end).
             against: an output to compare with (the difference of logits is explained), or `attnlrp.OTHERS`.
-            position: token whose next-token prediction is explained, negative from the end; default: the last. A list
-                gives one row each.
+            position: token whose output is explained, negative from the end; default: the last for next tokens, the
+                masks, the tokens of a class other than "O". A list gives one row each.
             generate: generate up to this many tokens greedily, and explain each of them: one row each.
+            context: the text that holds the answer, for extractive question answering; one for each text.
+            prefix: what the decoder of an encoder-decoder has written before the explained token.
+            image: picture, file name, or several, for a vision-language model; its patches get relevance too.
+            chat: put the text into the model's chat template, as what the user says.
             output: "logit", or "probability" for the softmax output.
             temperature: of that softmax; above 1 where the softmax is saturated.
 
@@ -132,42 +145,65 @@ class Explainer:
             An explanation, or a list of them for a list of texts.
 
         Raises:
-            InputError: empty or too long text, options that exclude each other.
+            InputError: empty or too long text, options that exclude each other or that the task does not have.
             TargetError: a target that the model does not have.
             NumericalError: NaN or infinite logits or relevance.
             OutOfMemoryError: with what to change.
         """
-        single = isinstance(text, str) or not isinstance(text, Iterable)
+        chat = chat or _is_conversation(text)
+        single = isinstance(text, str) or not isinstance(text, Iterable) or _is_conversation(text)
         texts: list[Any] = [text] if single else list(text)
         targets: list[Any] = list(target) if isinstance(target, (list, tuple)) else [target]
         form = _Form(against, output, temperature)
-        self._check(texts, targets, position, generate, form)
+        asked = {"position": position, "generate": generate, "context": context, "prefix": prefix, "image": image}
+        self._check(texts, targets, form, asked | {"chat": chat})
+        contexts = [context] * len(texts) if context is None or isinstance(context, str) else list(context)
+        if len(contexts) != len(texts):
+            raise InputError(f"context: got {len(contexts)} for {len(texts)} texts, expected one for each text")
+        pictures = read_images(image)
+        questions = [
+            Question(t, targets, position, generate, c, prefix, pictures, chat)
+            for t, c in zip(texts, contexts, strict=True)
+        ]
         with _memory(), _gradients():
-            requests = [self._request(t, targets, position, generate) for t in texts]
-            batches = [requests] if self._can_share else [[r] for r in requests]
+            requests = [self._task.request(q) for q in questions]
+            batches = [requests] if self._can_share(requests) else [[r] for r in requests]
             explanations = [e for batch in batches for e in self._explain(batch, form)]
         return explanations[0] if single else explanations
 
-    def audit(self, text: str, *, target: str | int | None = None) -> Ledger:
-        """Account for every unit of relevance of one explanation. See `attnlrp.audit`."""
+    def audit(
+        self,
+        text: str | Conversation,
+        *,
+        target: Target = None,
+        context: str | None = None,
+        prefix: str | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        chat: bool = False,
+    ) -> Ledger:
+        """Account for every unit of relevance of one explanation, its first row. See `attnlrp.audit`."""
 
         def explained(output: Any) -> Tensor:
-            logits = _Logits(output.logits[0], kept)
-            scalar = self._scalar(request.rows[0][0], logits, _Form(None, "logit", 1.0))
-            return scalar.value(logits(scalar.position))
+            outputs = _Outputs(output, 0, kept, request)
+            slots = request.rows[0]
+            return _total(slots, [self._scalar(slot, outputs, request, form) for slot in slots], outputs)
 
+        form, chat = _Form(None, "logit", 1.0), chat or _is_conversation(text)
+        self._check([text], [target], form, {"context": context, "prefix": prefix, "image": image, "chat": chat})
+        question = Question(text, [target], context=context, prefix=prefix, images=read_images(image), chat=chat)
         with _memory(), _gradients():
-            request = self._request(text, [target], None, 0)
+            request = self._task.request(question)
             inputs, kept = self._inputs([request])
             return audit(self.model, inputs, target=explained, rules=self.rules)
 
-    # --- from options to slots --------------------------------------------------------------------------------------
+    # --- what is asked ----------------------------------------------------------------------------------------------
 
-    def _check(self, texts: list[Any], targets: list[Any], position: Any, generate: Any, form: _Form) -> None:
-        if not texts or not all(isinstance(t, str) for t in texts):
+    def _check(self, texts: list[Any], targets: list[Any], form: _Form, asked: dict[str, Any]) -> None:
+        if not texts or not all(isinstance(t, str) or _is_conversation(t) for t in texts):
             raise InputError(f"text: got {texts!r:.60}, expected a string or a list of strings")
         if not targets:
             raise InputError("target: got an empty list, expected at least one target, or None for the prediction")
+        generate = asked.get("generate", 0)
         if not isinstance(generate, int) or generate < 0:
             raise InputError(f"generate: got {generate!r}, expected a number of tokens")
         if form.output not in ("logit", "probability"):
@@ -176,51 +212,14 @@ class Explainer:
             raise InputError(f"temperature: got {form.temperature}, expected more than 0, and output='probability'")
         if form.output == "probability" and form.against is not None:
             raise InputError("against: a contrast is a difference of logits; it excludes output='probability'")
-        if generate and (targets != [None] or position is not None):
+        if generate and (targets != [None] or asked.get("position") is not None):
             raise InputError("generate: explains the generated tokens; it excludes target and position")
-        continued = any(isinstance(t, Continuation) for t in targets)
-        if self.task != "causal-lm" and (generate or position is not None or continued):
-            raise InputError(f"generate, position and Continuation need a causal language model, got {self.task}")
-
-    def _request(self, text: str, targets: list[Any], position: Any, generate: int) -> _Request:
-        ids = self._encode(text, generate)
-        if generate:
-            sequence = self._generate(ids, generate)
-            rows = [[_Slot(k - 1, sequence[k])] for k in range(len(ids), len(sequence))]
-            return _Request(sequence[:-1], len(ids), rows)
-        if self.task != "causal-lm":
-            return _Request(ids, len(ids), [[_Slot(None, t)] for t in targets])
-        positions = [len(ids) - 1] if position is None else _positions(position, len(ids))
-        if any(isinstance(t, Continuation) for t in targets):
-            return self._continuation(text, ids, targets, positions)
-        count = max(len(positions), len(targets))
-        if {len(positions), len(targets)} - {1, count}:
-            raise InputError(
-                f"got {len(targets)} targets and {len(positions)} positions, expected as many, or one of them"
-            )
-        positions, targets = positions * (count // len(positions)), targets * (count // len(targets))
-        return _Request(ids, len(ids), [[_Slot(p, t)] for p, t in zip(positions, targets, strict=True)])
-
-    def _continuation(self, text: str, ids: list[int], targets: list[Any], positions: list[int]) -> _Request:
-        if len(targets) != 1 or positions != [len(ids) - 1]:
-            raise InputError("target: a Continuation follows the whole prompt and must be the only target")
-        whole = self.tokenizer(text + targets[0].text, verbose=False).input_ids
-        if whole[: len(ids)] == ids:
-            more = whole[len(ids) :]
-        else:  # the last token of the prompt would grow into the continuation
-            more = self.tokenizer.encode(targets[0].text, add_special_tokens=False)
-        if not more:
-            raise TargetError(f"target: the continuation {targets[0].text!r} has no token")
-        self._check_length(len(ids) + len(more) - 1)
-        slots = [_Slot(len(ids) - 1 + k, token) for k, token in enumerate(more)]
-        return _Request([*ids, *more[:-1]], len(ids), [slots])
-
-    def _encode(self, text: str, generate: int) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
-        if not set(ids) - set(self.tokenizer.all_special_ids):
-            raise InputError(f"text: {text!r} has nothing to explain; give at least one token")
-        self._check_length(len(ids) + generate)
-        return ids
+        used = {name for name, value in asked.items() if value is not None and value is not False and value != 0}
+        used |= {"position"} if asked.get("position") is not None else set()
+        used |= {"continuation"} if any(isinstance(t, Continuation) for t in targets) else set()
+        for name in sorted(used - set(self._task.accepts)):
+            tasks = [task for task, kind in TASKS.items() if name in kind.accepts]
+            raise InputError(f"{name}: {self.name} is a model for {self.task}; this option is for {', '.join(tasks)}")
 
     def _check_length(self, length: int) -> None:
         config = self.model.config.get_text_config()
@@ -229,187 +228,207 @@ class Explainer:
         if length > limit:
             raise InputError(f"text: {length} tokens are more than the context of {self.name}, {limit}; shorten it")
 
-    def _generate(self, ids: list[int], count: int) -> list[int]:
-        prompt = torch.tensor([ids], device=self.model.device)
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        mask = torch.ones_like(prompt)
-        with torch.no_grad():
-            sequence = self.model.generate(
-                prompt, attention_mask=mask, max_new_tokens=count, pad_token_id=self._pad, **greedy
-            )
-        return sequence[0].tolist()  # type: ignore[no-any-return]
+    def _can_share(self, requests: list[Request]) -> bool:
+        """Whether one pass serves several texts; a decoder with a class head needs padding to find its token."""
+        if any(r.extra for r in requests):
+            return False
+        if self.task == "sequence-classification" and self.model.config.get_text_config().pad_token_id is None:
+            return False
+        padded = len({len(r.ids) for r in requests}) > 1
+        return self.task == "causal-lm" or not padded or "attention_mask" in self._accepted
 
     # --- from slots to explanations ---------------------------------------------------------------------------------
 
-    @property
-    def _pad(self) -> int:
-        pad = self.model.config.get_text_config().pad_token_id
-        return int(next((i for i in (pad, self.tokenizer.pad_token_id) if i is not None), 0))
-
-    @property
-    def _can_share(self) -> bool:
-        """Whether one pass serves several texts: a decoder with a class head needs padding to find its token."""
-        return self.task == "causal-lm" or self.model.config.get_text_config().pad_token_id is not None
-
-    def _explain(self, requests: list[_Request], form: _Form) -> list[Explanation]:
+    def _explain(self, requests: list[Request], form: _Form) -> list[Explanation]:
         inputs, kept = self._inputs(requests)
-        with propagate(self.model, self.rules) as propagation:
-            output = self.model(**inputs).logits
-            logits = [_Logits(row, kept) for row in output]
+        entry: AbstractContextManager[Any] = MergedInputs(self.model) if requests[0].extra else nullcontext()
+        saving = checkpoint.checkpointed(self.model) if self.memory == "checkpoint" else nullcontext()
+        with propagate(self.model, self.rules) as propagation, saving, entry as entered:
+            output = self.model(**inputs)
+            outputs = [_Outputs(output, k, kept, request) for k, request in enumerate(requests)]
             scalars = [
-                [[self._scalar(slot, at, form) for slot in row] for row in request.rows]
-                for request, at in zip(requests, logits, strict=True)
+                [[self._scalar(slot, at, request, form) for slot in row] for row in request.rows]
+                for request, at in zip(requests, outputs, strict=True)
             ]
             values = [
-                [torch.stack([s.value(at(s.position)) for s in row]).sum() for row in rows]
-                for rows, at in zip(scalars, logits, strict=True)
+                [_total(row, chosen, at) for row, chosen in zip(request.rows, rows, strict=True)]
+                for request, rows, at in zip(requests, scalars, outputs, strict=True)
             ]
-        relevance = self._relevance(propagation, values, inputs["input_ids"])
-        for k, request in enumerate(requests):
-            if relevance[:, k, len(request.ids) :].count_nonzero():
-                raise ModelError(f"{self.name} lets padding take part in its decision: explain its texts one at a time")
+        if entered is None:
+            decoder = self.model.config.is_encoder_decoder
+            columns = arrange(propagation.embeddings, inputs["input_ids"], encoder_decoder=decoder, name=self.name)
+        else:
+            columns = [entered.columns(inputs["input_ids"], requests[0].segments)]
+        relevance = self._relevance(columns, values)
+        read = [self._read(k, request, columns, relevance) for k, request in enumerate(requests)]
         return [
-            self._explanation(request, relevance[: len(rows), k, : len(request.ids)], rows, values[k], logits[k], form)
-            for k, (request, rows) in enumerate(zip(requests, scalars, strict=True))
+            self._explanation(*everything, form)
+            for everything in zip(requests, read, scalars, values, outputs, strict=True)
         ]
 
-    def _inputs(self, requests: list[_Request]) -> tuple[dict[str, Any], dict[int | None, int]]:
+    def _inputs(self, requests: list[Request]) -> tuple[dict[str, Any], dict[int, int]]:
         """Padded model inputs, and where each explained position is found in the logits.
 
         If the model allows it, the logits of these positions are the only ones that it computes: with a large
         vocabulary the head is most of the cost.
         """
-        device, length = self.model.device, max(len(r.ids) for r in requests)
-        ids = [r.ids + [self._pad] * (length - len(r.ids)) for r in requests]
-        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids, device=device)}
-        if any(len(r.ids) < length for r in requests):
-            mask = [[1] * len(r.ids) + [0] * (length - len(r.ids)) for r in requests]
-            inputs["attention_mask"] = torch.tensor(mask, device=device)
+        pad = pad_of(self.model, self.tokenizer)
+        ids = [r.ids for r in requests]
+        inputs: dict[str, Any] = {"input_ids": self._padded(ids, pad)} | requests[0].extra
+        if len({len(row) for row in ids}) > 1:
+            inputs["attention_mask"] = self._padded([[1] * len(row) for row in ids], 0)
+        types = [r.types for r in requests if r.types is not None]
+        if types and "token_type_ids" in self._accepted:
+            inputs["token_type_ids"] = self._padded(types, 0)
+        if requests[0].decoder:
+            inputs["decoder_input_ids"] = self._padded([r.decoder for r in requests], pad)
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
         positions = sorted({s.position for r in requests for row in r.rows for s in row if s.position is not None})
         if positions and "logits_to_keep" in self._accepted:
-            inputs["logits_to_keep"] = torch.tensor(positions, device=device)
+            inputs["logits_to_keep"] = torch.tensor(positions, device=self.model.device)
             return inputs, {p: k for k, p in enumerate(positions)}
         return inputs, {p: p for p in positions}
 
-    def _scalar(self, slot: _Slot, logits: _Logits, form: _Form) -> Scalar:
-        row = logits(slot.position)
+    def _padded(self, rows: list[list[int]], fill: int) -> Tensor:
+        length = max(map(len, rows))
+        return torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=self.model.device)
+
+    def _scalar(self, slot: Slot, outputs: _Outputs, request: Request, form: _Form) -> Scalar:
+        row = outputs(slot)
         if not torch.isfinite(row).all():
             raise NumericalError(
                 f"{self.name}: the logits hold NaN or infinite values in {self.model.dtype}; "
                 "use float32 or bfloat16 (--dtype), which have the range that float16 lacks"
             )
-        target = int(row.argmax()) if slot.target is None else self._index(slot.target, row, "target")
-        against = form.against
+        size, against = row.shape[-1], form.against
+        if slot.target is None:
+            target = self._task.choose(slot, outputs.at, request)
+        else:
+            target = self._task.index(slot.target, slot, size, request, "target")
         if against is not None and against != OTHERS:
-            against = self._index(against, row, "against")
+            against = self._task.index(against, slot, size, request, "against")
         return Scalar(slot.position, target, against, form.output, form.temperature)
 
-    def _index(self, target: str | int, row: Tensor, option: str) -> int:
-        if self.task == "causal-lm":
-            return token_index(target, self.tokenizer, row.shape[-1], option=option)
-        return class_index(target, self._labels, option=option)
+    # --- relevance --------------------------------------------------------------------------------------------------
 
-    @property
-    def _labels(self) -> list[str]:
-        return [self.model.config.id2label[k] for k in range(self.model.config.num_labels)]
-
-    def _relevance(self, propagation: Propagation, values: list[list[Tensor]], ids: Tensor) -> Tensor:
-        """value * gradient, summed over the hidden dimension in float32 or better: (target, batch, token)."""
-        inputs = [x for shown, x in propagation.embeddings if shown.shape == ids.shape]
-        if not inputs:
-            raise ModelError(
-                f"{self.name} does not look its tokens up in get_input_embeddings(): use attnlrp.propagate"
-            )
+    def _relevance(self, columns: list[Columns], values: list[list[Tensor]]) -> list[Tensor]:
+        """Relevance of each kind of column: (target, batch, token)."""
+        leaves = [x for c in columns for x in c.leaves]
         count = max(map(len, values))
-        result = []
+        result: list[list[Tensor]] = [[] for _ in columns]
         for k in range(count):
             total = torch.stack([own[k] for own in values if k < len(own)]).sum()
-            grads = torch.autograd.grad(total, inputs, retain_graph=k < count - 1)
-            rows = [(_wide(x.detach()) * _wide(g)).sum(dim=-1) for x, g in zip(inputs, grads, strict=True)]
-            result.append(torch.stack(rows).sum(dim=0))
-        relevance = torch.stack(result).cpu()
-        if not torch.isfinite(relevance).all():
+            kept = k < count - 1
+            found = torch.autograd.grad(total, leaves, retain_graph=kept, allow_unused=True, materialize_grads=True)
+            gradients = iter(found)
+            for rows, c in zip(result, columns, strict=True):
+                rows.append(c.relevance([next(gradients) for _ in c.leaves]))
+        relevance = [torch.stack(rows).cpu() for rows in result]
+        if not all(torch.isfinite(r).all() for r in relevance):
             raise NumericalError(
                 f"{self.name}: relevance overflows in {self.model.dtype}; use float32 or bfloat16 (--dtype)"
             )
         return relevance
 
+    def _read(self, k: int, request: Request, columns: list[Columns], relevance: list[Tensor]) -> _Read:
+        """Tokens and relevance of one text of a batch, without its padding."""
+        lengths = [len(request.ids), len(request.decoder) or len(request.ids)][: len(columns)]
+        if any(r[:, k, n:].count_nonzero() for r, n in zip(relevance, lengths, strict=True)):
+            raise ModelError(f"{self.name} lets padding take part in its decision: explain its texts one at a time")
+        ids = request.ids + [i for c, n in zip(columns[1:], lengths[1:], strict=True) for i in c.ids[k, :n].tolist()]
+        rows = [r[: len(request.rows), k, :n] for r, n in zip(relevance, lengths, strict=True)]
+        written = len(ids) - len(request.ids)
+        segments = ("encoder",) * len(request.ids) if written else request.segments
+        return _Read(ids, segments + ("decoder",) * written, torch.cat(rows, dim=-1))
+
     def _explanation(
         self,
-        request: _Request,
-        relevance: Tensor,
-        rows: list[list[Scalar]],
+        request: Request,
+        read: _Read,
+        scalars: list[list[Scalar]],
         values: list[Tensor],
-        logits: _Logits,
+        outputs: _Outputs,
         form: _Form,
     ) -> Explanation:
-        texts = pieces(self.tokenizer, request.ids)
+        texts = pieces(self.tokenizer, read.ids)
         specials = set(self.tokenizer.all_special_ids)
-        special = tuple(i in specials for i in request.ids)
+        special = tuple(i in specials for i in read.ids)
+        rows = zip(request.rows, scalars, values, strict=True)
         return Explanation(
             tokens=texts,
-            token_ids=tuple(request.ids),
-            relevance=relevance,
+            token_ids=tuple(read.ids),
+            relevance=read.relevance,
             targets=tuple(
-                self._target(row, value.item(), logits, form) for row, value in zip(rows, values, strict=True)
+                self._target(request, slots[0], chosen, value.item(), outputs, form) for slots, chosen, value in rows
             ),
             special=special,
-            segments=tuple("prompt" if k < request.prompt else "generated" for k in range(len(texts))),
-            words=words(texts, special),
+            segments=read.segments,
+            words=words(texts, special, read.segments),
             model=self.name,
             rules=next((name for name, rules in PRESETS.items() if rules is self.rules), "custom"),
             task=self.task,
             version=__version__,
         )
 
-    def _target(self, row: list[Scalar], value: float, logits: _Logits, form: _Form) -> ExplainedTarget:
+    def _target(
+        self, request: Request, slot: Slot, row: list[Scalar], value: float, outputs: _Outputs, form: _Form
+    ) -> ExplainedTarget:
+        def name(*ids: int) -> str:
+            return self._task.name(ids, slot, request)
+
         first = row[0]
-        at = logits(first.position).detach().float()
+        at = outputs(slot).detach().float()
         best = at.topk(min(CANDIDATES, len(at)))
-        candidates = [Candidate(self._name(i), i, v) for v, i in zip(*(t.tolist() for t in best), strict=True)]
         return ExplainedTarget(
-            token=self._name(*(s.id for s in row)),
+            token=name(*(s.id for s in row)),
             id=first.id if len(row) == 1 else None,
-            position=first.position,
+            position=self._task.column(slot, first.id, request),
             logit=value,
             rank=int((at > at[first.id]).sum()) + 1 if len(row) == 1 else None,
-            against=self._name(first.against) if isinstance(first.against, int) else first.against,
+            against=name(first.against) if isinstance(first.against, int) else first.against,
             unit=form.output,
-            candidates=tuple(candidates),
+            candidates=tuple(Candidate(name(i), i, v) for v, i in zip(*(t.tolist() for t in best), strict=True)),
         )
-
-    def _name(self, *ids: int) -> str:
-        if self.task == "causal-lm":
-            return name_of(self.tokenizer, ids)
-        return self._labels[ids[0]]
 
 
 @dataclass(frozen=True)
-class _Logits:
-    """The logits of one text: called with a position, its row (vocab,); None where there is one output."""
+class _Read:
+    """What the model has read of one text: token indices, their origin, and relevance (target, token)."""
 
-    values: Tensor
-    kept: dict[int | None, int]
-
-    def __call__(self, position: int | None) -> Tensor:
-        row = self.values if position is None else self.values[self.kept[position]]
-        return _wide(row)
+    ids: list[int]
+    segments: tuple[str, ...]
+    relevance: Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+@dataclass(frozen=True)
+class _Outputs:
+    """The outputs of one text of a batch; called with a slot: its logits (output,)."""
+
+    output: Any
+    row: int
+    kept: dict[int, int]
+    request: Request
+
+    def __call__(self, slot: Slot) -> Tensor:
+        return self.at(slot.head, slot.position)
+
+    def at(self, head: str, position: int | None) -> Tensor:
+        """The logits of a head at a position; None where the whole text has one output."""
+        logits: Tensor = getattr(self.output, head)[self.row]
+        if position is not None:
+            logits = logits[self.kept[position]]
+        elif head != LOGITS:  # an output for each token of the text, without its padding
+            logits = logits[: len(self.request.ids)]
+        return widen(logits)
 
 
-def _positions(position: int | Sequence[int], length: int) -> list[int]:
-    wanted = list(position) if isinstance(position, Iterable) else [position]
-    for p in wanted:
-        if not isinstance(p, int) or not -length <= p < length:
-            raise InputError(f"position: got {p!r}, expected {-length} to {length - 1} for a text of {length} tokens")
-    if not wanted:
-        raise InputError("position: got an empty list, expected at least one position")
-    return [p % length for p in wanted]
+def _total(slots: list[Slot], scalars: list[Scalar], outputs: _Outputs) -> Tensor:
+    return torch.stack([s.value(outputs(slot)) for slot, s in zip(slots, scalars, strict=True)]).sum()
+
+
+def _is_conversation(text: Any) -> bool:
+    return isinstance(text, (list, tuple)) and len(text) > 0 and all(isinstance(turn, dict) for turn in text)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,12 @@ class Explanation:
             less what biases, softmax and constants absorb.
         targets: what each row explains.
         special: whether a token is a special token of the tokenizer (such as `<bos>`).
-        segments: origin of each token: "prompt" or "generated".
+        segments: origin of each token: "prompt", "generated" or "image" (a patch); "question" or "context"; "encoder"
+            or "decoder".
         words: index of the word that each token belongs to, never decreasing.
         model: name of the model.
         rules: name of the rules.
-        task: "causal-lm" or "sequence-classification".
+        task: such as "causal-lm" or "sequence-classification".
         version: version of attnlrp that made it.
     """
 
@@ -134,26 +136,38 @@ class Explanation:
         return [(i, self.tokens[i], row[i].item()) for i in order]
 
     def merge_words(self) -> Explanation:
-        """Join the pieces of each word; their relevance is summed, so nothing is lost.
+        """Join the pieces of each word, and the patches of each image; relevance is summed, so nothing is lost.
 
         `token_ids` keeps the first piece's index; a target's position moves to the word that holds it.
         """
-        starts = [i for i, word in enumerate(self.words) if i == 0 or word != self.words[i - 1]]
-        ends = [*starts[1:], len(self.words)]
+        return self._merge(self.words)
+
+    def merge_images(self) -> Explanation:
+        """Join the patches of each image to one column."""
+        return self._merge(
+            [w if s == "image" else -k for k, (w, s) in enumerate(zip(self.words, self.segments, strict=True), 1)]
+        )
+
+    def _merge(self, keys: Sequence[int]) -> Explanation:
+        """Join neighbours with the same key."""
+        starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+        ends = [*starts[1:], len(keys)]
         spans = list(zip(starts, ends, strict=True))
-        word_of = [k for k, (a, b) in enumerate(spans) for _ in range(a, b)]
+        column_of = [k for k, (a, b) in enumerate(spans) for _ in range(a, b)]
         relevance = torch.stack([self.relevance[:, a:b].sum(dim=1) for a, b in spans], dim=1)
+        words = [self.words[a] for a in starts]
         return dataclasses.replace(
             self,
-            tokens=tuple(_join(self.tokens[a:b]) for a, b in spans),
+            tokens=tuple(_join(self.tokens[a:b], self.segments[a]) for a, b in spans),
             token_ids=tuple(self.token_ids[a] for a in starts),
             relevance=relevance,
             targets=tuple(
-                t if t.position is None else dataclasses.replace(t, position=word_of[t.position]) for t in self.targets
+                t if t.position is None else dataclasses.replace(t, position=column_of[t.position])
+                for t in self.targets
             ),
             special=tuple(self.special[a] for a in starts),
             segments=tuple(self.segments[a] for a in starts),
-            words=tuple(range(len(spans))),
+            words=tuple(words),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,8 +260,10 @@ def _read(path: Path) -> dict[str, Any]:
         return data | {"relevance": file.get_tensor("relevance")}
 
 
-def _join(pieces: tuple[str, ...]) -> str:
-    """Text of a word; the parts "é[1/2]", "é[2/2]" of one character read "é" again."""
+def _join(pieces: tuple[str, ...], segment: str) -> str:
+    """Text of a word; the parts "é[1/2]", "é[2/2]" of one character read "é" again, the patches of an image once."""
+    if segment == "image":
+        return pieces[0] if len(pieces) == 1 else f"{pieces[0]}×{len(pieces)}"
     text = []
     for piece in pieces:
         part = _PART.fullmatch(piece)

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["TASKS", "cache_folder", "cached_models", "load", "task_of"]
+__all__ = ["cache_folder", "cached_models", "load", "task_of", "unwrapped"]
 
-TASKS = {
-    "causal-lm": ("ForCausalLM", "LMHeadModel"),
-    "sequence-classification": ("ForSequenceClassification",),
+_CLASSES = {
+    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "ForSeq2SeqLM"),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", "ForImageTextToText"),
+    "causal-lm": ("CAUSAL_LM", "ForCausalLM"),
+    "masked-lm": ("MASKED_LM", "ForMaskedLM"),
+    "sequence-classification": ("SEQUENCE_CLASSIFICATION", "ForSequenceClassification"),
+    "token-classification": ("TOKEN_CLASSIFICATION", "ForTokenClassification"),
+    "question-answering": ("QUESTION_ANSWERING", "ForQuestionAnswering"),
 }
-"""Task -> endings of the names of the `transformers` classes that have it."""
+"""Task -> mapping of `transformers` that lists its classes, and ending of the name of others; the first decides."""
 
 _EXPECTED = (
     "a folder with config.json, model.safetensors and tokenizer files, a .gguf file, or the name of a model on a hub "
@@ -82,30 +87,43 @@ def load(
     elif path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{path}: this folder has no config.json; expected {_EXPECTED}")
     say(f"loading {shown}")
-    model, tokenizer = _from_folder(str(path), precision)
+    model, tokenizer = _from_folder(str(path), precision, say)
     return model.to(place).eval(), tokenizer, shown
 
 
 def task_of(model: Any) -> str:
-    """The task of a model, from its class.
+    """The task of a model, from its class or those that it derives from.
 
     Raises:
         ModelError: it has no output to explain.
     """
-    return _require_task(type(model).__name__)
+    task = _require_task([kind.__name__ for kind in type(unwrapped(model)).__mro__])
+    if task == "image-text-to-text" and getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} has an encoder for images alone: use attnlrp.propagate")
+    return task
 
 
-def _require_task(class_name: str) -> str:
-    for task, endings in TASKS.items():
-        if class_name.endswith(endings):
-            return task
+def unwrapped(model: Any) -> Any:
+    """The model inside of what torch.compile or PEFT put around it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _require_task(names: list[str]) -> str:
+    from transformers.models.auto import modeling_auto
+
+    for name in names:
+        for task, (mapping, ending) in _CLASSES.items():
+            listed = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+            if name in listed or name.endswith(ending):
+                return task
     raise ModelError(
-        f"{class_name} has no output that can be explained: expected a model for one of {', '.join(TASKS)} "
-        f"(a transformers class whose name ends with {' or '.join(e for endings in TASKS.values() for e in endings)})"
+        f"{names[0]} has no output that can be explained: expected a model of transformers for one of "
+        f"{', '.join(_CLASSES)}; others are explained by attnlrp.propagate"
     )
 
 
-def _from_folder(path: str, dtype: Any) -> tuple[Any, Any]:
+def _from_folder(path: str, dtype: Any, say: Report) -> tuple[Any, Any]:
     import transformers
 
     with _told(path):
@@ -114,16 +132,28 @@ def _from_folder(path: str, dtype: Any) -> tuple[Any, Any]:
         if not hasattr(transformers, architecture):
             raise ModelError(f"{path}: its config names the architecture {architecture!r}, which transformers lacks")
         kind: Any = getattr(transformers, architecture)
-        _require_task(architecture)
+        task = _require_task([architecture])
         with _quiet(transformers):
             model, report = kind.from_pretrained(path, dtype=dtype, **_CHECKED)
             _require_weights(path, report)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            processor = _processor(path, say) if task == "image-text-to-text" else None
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             raise ModelError(
                 f"{path}: its tokenizer files are missing; expected tokenizer.json, or what it needs instead"
             )
-        return model, tokenizer
+        return model, processor or tokenizer
+
+
+def _processor(path: str, say: Report) -> Any:
+    """What turns images into inputs; without it, a vision-language model still explains texts."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        say(f"images cannot be read: {shorten(str(error), 200, placeholder=' ...')}")
+        return None
 
 
 def _require_weights(path: str, report: dict[str, Any]) -> None:

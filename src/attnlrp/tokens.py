@@ -72,16 +72,19 @@ def name_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return _decode_after(tokenizer, tokenizer.encode("a", add_special_tokens=False), ids)
 
 
-def words(texts: Sequence[str], special: Sequence[bool]) -> tuple[int, ...]:
+def words(texts: Sequence[str], special: Sequence[bool], segments: Sequence[str] = ()) -> tuple[int, ...]:
     """Index of the word that each piece belongs to.
 
-    A word starts at white space, at a special token, at a change between letters and punctuation, and at every
-    character of a script that is written without spaces; never inside of a character.
+    A word starts at white space, at a special token, at a change between letters and punctuation, at every character
+    of a script that is written without spaces, and at another segment; never inside of a character. The patches of an
+    image are one word.
     """
     index = -1
     result = []
+    segments = segments or [""] * len(texts)
     for k, text in enumerate(texts):
-        if k == 0 or _starts_word(texts[k - 1], text, special[k - 1] or special[k]):
+        apart = k == 0 or segments[k] != segments[k - 1]
+        if apart or (segments[k] != "image" and _starts_word(texts[k - 1], text, special[k - 1] or special[k])):
             index += 1
         result.append(index)
     return tuple(result)

@@ -1,4 +1,7 @@
-"""Renderers of an explanation: terminal, HTML page, notebook, figure. Each loads on first use."""
+"""Renderers of an explanation: terminal, HTML page, notebook, figure. Each loads on first use.
+
+An image has one column in all of them: the sum over its patches.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ def save(explanation: Explanation, path: str | Path) -> Path:
     if suffix == ".html":
         from attnlrp.show import html
 
-        path.write_text(html.page(explanation), encoding="utf-8")
+        path.write_text(html.page(explanation.merge_images()), encoding="utf-8")
     elif suffix in (".png", ".pdf", ".svg"):
         from attnlrp.show import image
 
-        image.figure(explanation).savefig(path, dpi=200, bbox_inches="tight")
+        image.figure(explanation.merge_images()).savefig(path, dpi=200, bbox_inches="tight")
     elif path.suffix in (".json", ".safetensors"):
         explanation.save(path)
     else:
@@ -36,17 +39,17 @@ def save(explanation: Explanation, path: str | Path) -> Path:
     return path
 
 
-def show(explanation: Explanation) -> None:
-    """Print the heat map to the terminal."""
+def show(explanation: Explanation, *, top: int = 10) -> None:
+    """Print the heat map to the terminal, and a table of this many most relevant tokens."""
     from rich.console import Console
 
     from attnlrp.show import terminal
 
-    Console(highlight=False).print(terminal.render(explanation))
+    Console(highlight=False).print(terminal.render(explanation.merge_images(), top=top))
 
 
 def fragment(explanation: Explanation) -> str:
     """HTML for a notebook cell."""
     from attnlrp.show import html
 
-    return html.fragment(explanation)
+    return html.fragment(explanation.merge_images())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -64,11 +65,15 @@ def _lines(explanation: Explanation, dark: bool) -> list[RenderableType]:
 
 
 def _heat(explanation: Explanation, row: int, dark: bool) -> Text:
-    """The input with every token on its colour; special tokens are italic."""
+    """The input with every token on its colour; special tokens are italic; each of several origins has its line."""
     values = colours.normalise(explanation.relevance[row].tolist())
+    fields = zip(explanation.segments, explanation.tokens, values, explanation.special, strict=True)
     out = Text()
-    for token, value, special in zip(explanation.tokens, values, explanation.special, strict=True):
-        out.append(text.inline(token), _cell(value, dark) + Style(italic=special))
+    for name, tokens in groupby(fields, key=lambda field: field[0]):
+        if not {"prompt", "generated"} >= set(explanation.segments):
+            out.append(f"{'' if not out else chr(10)}{name.capitalize():<14}", "dim")
+        for _, token, value, special in tokens:
+            out.append(text.inline(token), _cell(value, dark) + Style(italic=special))
     return out
 
 
@@ -80,6 +85,8 @@ def _line(explanation: Explanation, row: int, dark: bool) -> Text:
     keep = _strong(values) if last >= _LONG else [True] * len(values)
     out = Text()
     for i, token in enumerate(explanation.tokens[: last + 1]):
+        if i and explanation.segments[i] == "decoder" != explanation.segments[i - 1]:
+            out.append(" → ", "dim")
         if keep[i]:
             style = _cell(values[i], dark) + Style(italic=explanation.special[i])
             out.append(text.inline(token).replace("\n", ""), style)
