@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +15,13 @@ import torch
 import transformers
 
 import attnlrp
-from attnlrp import Explainer, Explanation, cli, demo
+from attnlrp import Explainer, Explanation, demo
+from command import Result, Run
 from nearness import same
 from tiny_tokenizers import build
 
 TEXT = "Paris is the capital of"
 FIELDS = {"model", "rules", "tokens", "token_ids", "relevance", "targets", "sum", "version"}
-ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +33,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; no exception but the exit may come out of it."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: Any, stdin: str | bytes = "") -> Result:
-        raw = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "argv", ["attnlrp", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-        capsys.readouterr()
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Result(status, ESCAPE.sub("", captured.out), ESCAPE.sub("", captured.err))
-
-    return run
 
 
 @pytest.fixture

@@ -375,7 +375,7 @@ class QuestionAnswering(Task):
         return id
 
     def name(self, ids: Sequence[int], slot: Slot, request: Request) -> str:
-        token = name_of(self.tokenizer, [request.ids[ids[0]]])
+        token = name_of(self.tokenizer, [request.ids[ids[0]]]).strip()
         return f"{slot.head.removesuffix('_logits')}: {token}"
 
 
