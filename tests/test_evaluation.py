@@ -129,6 +129,29 @@ def test_curves_of_a_language_model_against_one_forward_pass_for_each_point(step
                 assert point[1].item() == pytest.approx(logits.softmax(-1)[predicted].item(), abs=1e-5)
 
 
+def test_a_shared_prefix_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the prefix, and with every input run as a whole: the same scores from fewer tokens."""
+    for name in ("llama", "gpt2"):
+        model, tokenizer = build(name)
+        found = ev.next_token(model, tokenizer, {"text": "Paris is the capital of France. Berlin is"}, name="a")
+        length = found.inputs["input_ids"].shape[1]
+        kept = ~torch.eye(length, dtype=torch.bool)  # each token gone once
+        tokens: list[int] = []
+        handle = model.register_forward_pre_hook(
+            lambda m, args, kwargs, t=tokens: t.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+        )
+        perturbation = ev.Perturbation(model, batch_size=4)
+        shared = perturbation.scores(found, kept)
+        less = sum(tokens)
+        tokens.clear()
+        monkeypatch.setattr(ev.Perturbation, "_caches", lambda self, sample: False)
+        assert torch.allclose(shared, perturbation.scores(found, kept), atol=1e-5)
+        assert sum(tokens) == length * length
+        assert less < 0.8 * length * length
+        monkeypatch.undo()
+        handle.remove()
+
+
 @pytest.mark.parametrize("baseline", ["mean", "unknown", "mask"])
 def test_what_takes_the_place_of_an_embedding(baseline: Any) -> None:
     model = Bag([3.0, -1.0, 2.0, 0.5])

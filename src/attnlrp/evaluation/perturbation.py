@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from attnlrp.errors import InputError
 from attnlrp.evaluation.samples import Sample
 
 __all__ = ["BASELINES", "Perturbation", "expand"]
+
+_WORTH_SHARING = 0.1  # part of the tokens below which a shared prefix saves less than a pass of its own costs
 
 BASELINES = ("zero", "mean", "unknown", "mask")
 """What takes the place of an embedding: zeros (the authors' choice), the mean of the table, or that of a token."""
@@ -45,13 +48,36 @@ class Perturbation:
         with torch.no_grad():
             embeddings = table(sample.inputs["input_ids"])  # (1, token, hidden)
             other = self._other(table, embeddings)
-            found = []
-            for chunk in kept.to(embeddings.device).split(self.batch_size):
-                inputs = expand(sample.inputs, len(chunk))
-                inputs["inputs_embeds"] = torch.where(chunk[..., None], embeddings, other)
-                del inputs["input_ids"]
-                found.append(sample.output.both(self.model(**inputs)).cpu())
-        return torch.cat(found)
+            kept = kept.to(embeddings.device)
+            # inputs that begin alike go together, so that what they share is computed once
+            begins = torch.where(kept.all(dim=1), kept.shape[1], (~kept).int().argmax(dim=1))
+            ranked = begins.argsort(descending=True, stable=True)
+            found = torch.empty(len(kept), 2)
+            for chunk in ranked.split(self.batch_size):
+                changed = torch.where(kept[chunk, :, None], embeddings, other)
+                found[chunk.cpu()] = self._chunk(sample, changed, int(begins[chunk].min())).cpu()
+        return found
+
+    def _chunk(self, sample: Sample, embeddings: Tensor, prefix: int) -> Tensor:
+        """Logit and probability of inputs (variant, token, hidden) whose first `prefix` tokens are the same."""
+        inputs = expand(sample.inputs, len(embeddings))
+        del inputs["input_ids"]
+        prefix = min(prefix, embeddings.shape[1] - 1)
+        if len(embeddings) > 1 and prefix >= _WORTH_SHARING * embeddings.shape[1] and self._caches(sample):
+            shared = self.model(inputs_embeds=embeddings[:1, :prefix], use_cache=True).past_key_values
+            if hasattr(shared, "batch_repeat_interleave"):
+                shared.batch_repeat_interleave(len(embeddings))
+                inputs |= {"past_key_values": shared, "use_cache": True}
+                embeddings = embeddings[:, prefix:]
+        return sample.output.both(self.model(**inputs, inputs_embeds=embeddings))
+
+    def _caches(self, sample: Sample) -> bool:
+        """Whether the model can go on after a prefix: a decoder whose every input is a token."""
+        accepted = inspect.signature(self.model.forward).parameters
+        alone = set(sample.inputs) <= {"input_ids", "logits_to_keep"}
+        return (
+            alone and sample.output.last and "past_key_values" in accepted and not self.model.config.is_encoder_decoder
+        )
 
     def _other(self, table: Any, embeddings: Tensor) -> Tensor:
         if self.baseline == "zero":
