@@ -65,7 +65,8 @@ class Perturbation:
         prefix = min(prefix, embeddings.shape[1] - 1)
         if len(embeddings) > 1 and prefix >= _WORTH_SHARING * embeddings.shape[1] and self._caches(sample):
             shared = self.model(inputs_embeds=embeddings[:1, :prefix], use_cache=True).past_key_values
-            if hasattr(shared, "batch_repeat_interleave"):
+            layers = getattr(shared, "layers", [None])
+            if all(hasattr(layer, "batch_repeat_interleave") for layer in layers):  # not those of linear attention
                 shared.batch_repeat_interleave(len(embeddings))
                 inputs |= {"past_key_values": shared, "use_cache": True}
                 embeddings = embeddings[:, prefix:]
