@@ -119,8 +119,8 @@ def _require_task(names: list[str]) -> str:
                 return task
     raise ModelError(
         f"{names[0]} has no output that can be explained: expected a model of transformers for one of "
-        f"{', '.join(_CLASSES)}. Load it by its class for one of these, and pass Explainer(model, tokenizer); others are "
-        "explained by attnlrp.propagate"
+        f"{', '.join(_CLASSES)}. Load it by its class for one of these, and pass Explainer(model, tokenizer); "
+        "others are explained by attnlrp.propagate"
     )
 
 
