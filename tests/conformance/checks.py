@@ -25,6 +25,7 @@ class Result:
         dtype: precision of the books.
         shares: relevance of the inputs and of each absorber, in parts of the target.
         seconds: how long it took.
+        state: digest of the library that it was run with.
     """
 
     task: str
@@ -34,6 +35,7 @@ class Result:
     dtype: str = ""
     shares: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    state: str = ""
 
 
 def logits(output: Any) -> Tensor:

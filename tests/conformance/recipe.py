@@ -114,15 +114,20 @@ def token_id(name: str) -> int:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def build(task: str, kind: str) -> nn.Module:
+def model_class(task: str, kind: str) -> Any:
+    """The class that transformers maps a model type to."""
+    classes = _mapping(task)[kind]
+    return getattr(transformers, classes if isinstance(classes, str) else classes[0])
+
+
+def build(task: str, kind: str, config: PreTrainedConfig | None = None) -> nn.Module:
     """A float32 model in evaluation mode. Its vectors (biases, norm weights) are random too, so that they matter."""
     data = row(task, kind)
-    config = configure(CONFIG_MAPPING[kind], data.get("config", {}))
-    for name, value in data.get("after", {}).items():
-        setattr(config, name, value)
-    classes = _mapping(task)[kind]
-    name = classes if isinstance(classes, str) else classes[0]
-    kind_of_model: Any = getattr(transformers, name)
+    if config is None:
+        config = configure(CONFIG_MAPPING[kind], data.get("config", {}))
+        for name, value in data.get("after", {}).items():
+            setattr(config, name, value)
+    kind_of_model = model_class(task, kind)
     if not isinstance(config, kind_of_model.config_class):  # a text model of a larger one
         config = next((c for c in vars(config).values() if isinstance(c, kind_of_model.config_class)), config)
     torch.manual_seed(0)

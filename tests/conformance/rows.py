@@ -98,7 +98,7 @@ _TEXT: dict[str, dict[str, Any]] = {
     "perceiver": {"config": {"num_latents": 16, "d_latents": 64, "num_self_attends_per_block": 2}},
     "qwen4_exp": {"config": {"text_config": INDEXER}},
     "qwen4_exp_text": {"config": INDEXER},
-    "recurrent_gemma": {"note": OWN_BACKWARD, "config": {"block_types": ["recurrent", "attention"]}},
+    "recurrent_gemma": {"config": {"block_types": ["recurrent", "attention"]}},
     "reformer": {"note": OWN_BACKWARD, "config": {"axial_pos_shape": [4, 16], "axial_pos_embds_dim": [32, 32]}},
     "reformer/causal-lm": {"config": {"is_decoder": True}},
     # its state is written in place, which autograd forbids with or without rules

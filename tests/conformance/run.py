@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,20 +23,30 @@ import transformers
 import transformers.conversion_mapping  # imported once here, not in each child
 import transformers.models.llama.modeling_llama
 
-from . import recipe, table
+from . import geometry, recipe, table
 from .checks import Result, check
+from .published import PUBLISHED, TASK
 
 TIMEOUT = 90.0  # seconds per row
 MEMORY = 10 * 2**30  # bytes of address space per row
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+SOURCE = Path(__file__).parents[2] / "src" / "attnlrp"
+
+
+def rows() -> list[tuple[str, str]]:
+    """Every row: published geometries by the names of their checkpoints, and every model type of every task."""
+    return [(TASK, name) for name in PUBLISHED] + recipe.pairs()
 
 
 def one(task: str, kind: str) -> Result:
     """One row, in this process."""
     result, start, stage = Result(task, kind), time.monotonic(), "not built"
     try:
-        model = recipe.build(task, kind)
+        config = None
+        if task == TASK:  # the name of a checkpoint stands for its task, model type and configuration
+            task, kind, config = PUBLISHED[kind]["task"], PUBLISHED[kind]["kind"], geometry.scaled(kind)
+        model = recipe.build(task, kind, config)
         stage = "no input"
         inputs = recipe.inputs(task, kind, model)
         with torch.no_grad():
@@ -90,9 +101,17 @@ class _Worker:
         return Result(*self.row, "crash", f"exit code {self.process.exitcode}")
 
 
-def run(rows: list[tuple[str, str]], jobs: int, timeout: float = TIMEOUT) -> list[Result]:
+def state() -> str:
+    """What a result depends on besides its row: a digest of the library's source, and the versions it runs with."""
+    digest = hashlib.sha256(f"{transformers.__version__} {torch.__version__}".encode())
+    for file in sorted(SOURCE.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run(wanted: list[tuple[str, str]], jobs: int, timeout: float = TIMEOUT) -> list[Result]:
     """The results of the rows, each in a process of its own."""
-    waiting, working, results = deque(rows), [], []
+    waiting, working, results, source = deque(wanted), [], [], state()
     while waiting or working:
         while waiting and len(working) < jobs:
             working.append(_Worker(*waiting.popleft(), timeout))
@@ -100,10 +119,11 @@ def run(rows: list[tuple[str, str]], jobs: int, timeout: float = TIMEOUT) -> lis
         for worker in list(working):
             if (result := worker.result()) is not None:
                 working.remove(worker)
+                result.state = source
                 results.append(result)
                 merge([result])
                 print(
-                    f"{result.task:24} {result.kind:26} {result.seconds:5.1f} {result.outcome:12} {result.reason}",
+                    f"{result.task:24} {result.kind:40} {result.seconds:5.1f} {result.outcome:12} {result.reason}",
                     flush=True,
                 )
     return results
@@ -113,26 +133,38 @@ def merge(results: list[Result]) -> dict[str, Any]:
     """Join new results with those on file, in the order of the mappings."""
     known = {(r["task"], r["kind"]): r for r in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
     known |= {(r.task, r.kind): asdict(r) for r in results}
-    rows = [known[pair] for pair in recipe.pairs() if pair in known]
-    data = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": rows}
+    kept = [known[pair] for pair in rows() if pair in known]
+    data = {"transformers": transformers.__version__, "torch": torch.__version__, "rows": kept}
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
     return data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", help="model types, tasks, or model type/task")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="model types, tasks, or model type/task; checkpoints by name, all of them as 'published'",
+    )
     parser.add_argument("--failed", action="store_true", help="only rows that have not passed yet")
+    parser.add_argument("--resume", action="store_true", help="only rows that the library as it is has not run yet")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    rows = recipe.pairs()
+    wanted = rows()
     if options.only:
-        rows = [(t, k) for t, k in rows if {t, k, f"{k}/{t}"} & set(options.only)]
-    if options.failed and RESULTS.exists():
-        passed = {(r["task"], r["kind"]) for r in json.loads(RESULTS.read_text())["rows"] if r["outcome"] == "pass"}
-        rows = [r for r in rows if r not in passed]
-    run(rows, options.jobs)
-    PAGE.write_text(table.page(json.loads(RESULTS.read_text())))
+        wanted = [(t, k) for t, k in wanted if {t, k, f"{k}/{t}"} & set(options.only)]
+    on_file = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    if options.failed:
+        wanted = _without(wanted, [r for r in on_file if r["outcome"] == "pass"])
+    if options.resume:
+        wanted = _without(wanted, [r for r in on_file if r.get("state") == state()])
+    run(wanted, options.jobs)
+    PAGE.write_text(table.page(json.loads(RESULTS.read_text()), state()))
+
+
+def _without(wanted: list[tuple[str, str]], done: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    settled = {(r["task"], r["kind"]) for r in done}
+    return [pair for pair in wanted if pair not in settled]
 
 
 if __name__ == "__main__":
