@@ -204,7 +204,7 @@ def test_the_stabiliser_absorbs_by_its_formula() -> None:
     ledger = books(lambda x: F.linear(x, w), ATTNLRP | {"linear": epsilon(0.2)}, x=x)
     assert ledger.absorbed["stabiliser"] == pytest.approx(float((z - z * z / (z + 0.2 * z.sign())).sum()))
     assert_closed(ledger)
-    eps = torch.finfo(torch.float64).eps ** 0.5
+    eps = 0.01
     ledger = books(lambda x: x.sigmoid() * w[:3], x=x)
     gate = x.sigmoid() * w[:3]
     assert ledger.absorbed["stabiliser"] == pytest.approx(

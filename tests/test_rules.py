@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from attnlrp import ATTNLRP, CP_LRP, GRADIENT
-from attnlrp.rules import PRESETS, epsilon, stabilise
+from attnlrp.rules import PRESETS, Layer, epsilon, stabilise
 from explained import explain, randn
 
 SEEDS = (0, 1, 2)
@@ -151,8 +151,6 @@ GATES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...]]] = {
     "erfc": (torch.erfc, WIDE),
     "log": (torch.log, (0.1, 1.0, 5.0)),
     "log2": (torch.log2, (0.1, 1.0, 5.0)),
-    "sqrt": (torch.sqrt, (0.1, 1.0, 5.0)),
-    "power below 1": (lambda x: x**0.25, (0.1, 1.0, 5.0)),
     "tensor exponent": (lambda x: x ** torch.tensor(2.0), WIDE),
     "constant base": (lambda x: 2**x, POINTS),
 }
@@ -164,10 +162,18 @@ def test_gates_are_stabilised(name: str, dtype: torch.dtype) -> None:
     function, points = GATES[name]
     x = torch.tensor(points, dtype=dtype)
     result = explain(function, x)
-    eps = torch.finfo(dtype).eps ** 0.5
-    denominators = torch.tensor([v + eps if v >= 0 else v - eps for v in x.tolist()], dtype=dtype)
+    denominators = torch.tensor([v + 0.01 if v >= 0 else v - 0.01 for v in x.tolist()], dtype=dtype)
     assert_close(result.gradients[0], (result.g * function(x) / denominators).masked_fill(x == 0, 0))
     assert result.gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("function", [torch.sqrt, lambda x: x**0.25, lambda x: x.pow(0.5)])
+def test_roots_conserve_and_pass_nothing_on_at_zero(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1e-12, 1e-4, 0.1, 1.0, 5.0], dtype=dtype)
+    result = explain(function, x)
+    assert_close(result.relevance[0], result.y * result.g)
+    assert result.gradients[0][0] == 0
 
 
 def test_the_stabiliser_keeps_the_sign_and_zero_is_positive() -> None:
@@ -341,7 +347,7 @@ def test_presets_are_tables_that_differ_where_they_say() -> None:
     assert {k for k in ATTNLRP if CP_LRP[k] is not ATTNLRP[k]} == {"softmax"}
     assert GRADIENT == {}
     for name, rules in PRESETS.items():
-        assert not rules or set(rules) == set(ATTNLRP), name
+        assert not rules or {k for k in rules if not isinstance(k, Layer)} == set(ATTNLRP), name
 
 
 def test_no_rule_is_gradient_times_input() -> None:
@@ -365,7 +371,7 @@ def test_dropout_in_training_passes_relevance_unchanged() -> None:
 def test_gated_and_interpolated_forms_follow_their_parts() -> None:
     a, b, w = randn(3, 4), randn(3, 4, seed=1), randn(3, 4, seed=2).abs()
     result = explain(lambda x: F.glu(x), torch.cat([a, b], -1))
-    eps = torch.finfo(torch.float64).eps ** 0.5
+    eps = 0.01
     expected = torch.cat([result.y * result.g / 2, result.y * result.g / 2 * b / (b + eps * b.sign())], -1)
     assert_close(result.relevance[0], expected)
     result = explain(torch.lerp, a, b, w)

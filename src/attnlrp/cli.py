@@ -58,6 +58,7 @@ class Preset(str, enum.Enum):
 
     attnlrp = "attnlrp"
     cp_lrp = "cp-lrp"
+    mamba_lrp = "mamba-lrp"
     gradient = "gradient"
     softmax_identity = "softmax-identity"
     softmax_distribute = "softmax-distribute"

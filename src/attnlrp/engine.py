@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
+from torch._ops import OpOverloadPacket
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.nn.modules._functions import BackwardHookFunction
@@ -20,9 +20,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from attnlrp.activations import activation_forward, activation_name, claim, is_written_out, own_forward, release
 from attnlrp.backward import RuleFunction, live, scale_gradient
 from attnlrp.checkpoint import follow_checkpoint
-from attnlrp.errors import UnknownOperationError
-from attnlrp.operations import COMPOSITES, PASSED, Operation, find
-from attnlrp.rules import ATTNLRP, Rules, attention_shares, gradient
+from attnlrp.compiled import hide, is_compiled, look_up_tokens, show
+from attnlrp.errors import InputError, UnknownOperationError
+from attnlrp.kernels import FLEX_ATTENTION, caps_inside_kernel, kernel_rule, share_attention
+from attnlrp.layers import WEIGHTED, LayerRules, running_module
+from attnlrp.operations import COMPOSITES, OPERATIONS, PASSED, Operation, find
+from attnlrp.rules import ATTNLRP, Rule, Rules, attention_shares, gradient
 
 __all__ = ["Propagation", "propagate"]
 
@@ -73,17 +76,28 @@ class Propagation(TorchFunctionMode):
         super().__init__()
         if on_unknown not in ("error", "warn", "gradient"):
             raise ValueError(f"on_unknown: got {on_unknown!r}, expected 'error', 'warn' or 'gradient'")
-        self.model, self.rules, self.on_unknown = model, rules, on_unknown
+        self.model, self.rules, self.on_unknown = model, _spelled(rules), on_unknown
         self.embeddings: list[tuple[Tensor, Tensor]] = []
         self._lookups = _token_embeddings(model)
         self._shares = attention_shares(rules)
+        self._layers = LayerRules(model, rules)
         self._plans: dict[Any, Callable[..., Any] | None] = {}
         self._activations = list(filter(is_written_out, model.modules())) if rules else []
         scripted = [n for n, m in model.named_modules() if rules and isinstance(m, torch.jit.ScriptModule)]
         if scripted:
             self._report(f"torch.jit.ScriptModule {scripted[0] or '(top)'}")
+        if rules and any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+            self._report("torch.nn.DataParallel")
+        if self._layers and any(is_compiled(m) or m._compiled_call_impl is not None for m in model.modules()):
+            self._report("a layer, by a Layer row, in a compiled graph,")
+        if rules and caps_inside_kernel(model):
+            self._report("tanh (soft-capping) inside fused attention,")
         self._shadows = 0  # how many blocks inside this one are open: only the innermost applies
         self._outer: Propagation | None = None
+        self._leaves: list[Tensor] = []  # inputs of a compiled graph, in the order in which it looks them up
+        self._looked_up = 0
+        self._hook: Any = None
+        self._shown: list[Any] = []
 
     def __enter__(self) -> Propagation:
         modes = _get_current_function_mode_stack()
@@ -91,12 +105,18 @@ class Propagation(TorchFunctionMode):
         if self._outer is not None:
             self._outer._shadows += 1
         claim(self._activations)
+        self._shown = show(OPERATIONS)
+        if is_compiled(self.model):
+            self._hook = self.model.register_forward_pre_hook(self._enter_graph, with_kwargs=True)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         release(self._activations)
+        hide(self._shown)
+        if self._hook is not None:
+            self._hook.remove()
         if self._outer is not None:
             self._outer._shadows -= 1
 
@@ -115,11 +135,10 @@ class Propagation(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._shadows or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        try:
-            plan = self._plans[func]
-        except KeyError:
-            plan = self._plans[func] = self._plan(func)
+        plan = self._planned(func)
         if plan is None:
+            if func in PASSED and not torch.compiler.is_compiling():
+                self._settle_hidden(_scan(args, kwargs)[0])
             return func(*args, **kwargs)
         if func is F.embedding and self._looks_up_tokens(args, kwargs):
             return self._embed(func, args, kwargs)
@@ -130,26 +149,49 @@ class Propagation(TorchFunctionMode):
             self._refuse_vmap(args)
             return func(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            self._refuse_hidden(lives)
+            lives = self._settle_hidden(lives)
+            if not lives:
+                return func(*args, **kwargs)
             if plan is not func or trainable:  # a region without rules and parameters is recomputed as it is
                 follow_checkpoint(self)
         return self._apply(func, args, kwargs)
 
     def _apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation with at least one live input, by its rule."""
-        plan = self._plans[func]
+        plan = self._planned(func)
         assert plan is not None
         return plan(*args, **kwargs)
 
+    def _planned(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
+        if torch.compiler.is_compiling():  # a graph can neither look up nor hand out every function
+            return self._plan(func)
+        try:
+            return self._plans[func]
+        except KeyError:
+            self._plans[func] = plan = self._plan(func)
+            return plan
+
     def _plan(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         """How calls of a function are computed, decided once; None hands them on untouched."""
+        plan, operation = self._plan_by_operation(func), find(func)
+        if not self._layers or plan is None or operation is None or operation.name not in WEIGHTED:
+            return plan
+        return partial(self._by_layer, plan, operation)
+
+    def _by_layer(self, plan: Callable[..., Any], operation: Operation, *args: Any, **kwargs: Any) -> Any:
+        rule = self._layers.find(operation.name, args, kwargs)
+        return plan(*args, **kwargs) if rule is None else _by_rule(rule, operation, *args, **kwargs)
+
+    def _plan_by_operation(self, func: Callable[..., Any]) -> Callable[..., Any] | None:
         operation = find(func)
         if func in PASSED or (operation is None and getattr(func, "__name__", "") in ("__get__", "__set__")):
             return None
         if func in self.rules:
-            return partial(_by_rule, self.rules[func], operation or Operation(str(func), func))
+            return partial(_by_row, self.rules[func], operation or Operation(str(func), func))
         if func is F.scaled_dot_product_attention and self._shares is not None:
             return partial(self._attend, func)
+        if func is FLEX_ATTENTION and self._shares is not None:
+            return partial(share_attention, self._shares, func)
         if func is activation_forward:
             return self._activate
         if func in COMPOSITES and self.rules:
@@ -157,7 +199,17 @@ class Propagation(TorchFunctionMode):
         if operation is None:
             return partial(self._unknown, func)
         rule = self.rules.get(operation.name, gradient)
-        return func if rule is gradient else partial(_by_rule, rule, operation)
+        if rule is gradient:
+            return self._linear if func is F.linear and self.rules else func
+        return partial(_by_rule, rule, operation)
+
+    def _linear(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A linear layer, whose weight may be of a type that has no gradient."""
+        result = F.linear(*args, **kwargs)
+        if not result.requires_grad:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            self._report(f"torch.nn.functional.linear with a {type(weight).__name__}, whose output has no gradient,")
+        return result
 
     def _compose(self, composite: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._resumed():
@@ -186,9 +238,30 @@ class Propagation(TorchFunctionMode):
     def _embed(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with torch.no_grad():
             embeddings: Tensor = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._embed_in_graph(embeddings)
         embeddings.requires_grad_()
         self.embeddings.append((kwargs["input"] if "input" in kwargs else args[0], embeddings))
         return embeddings.clone()  # models may write into it, which a leaf and its views forbid
+
+    def _enter_graph(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a compiled model runs: its explained inputs, as leaves outside of the graph."""
+        modes = _get_current_function_mode_stack()
+        if not self._shadows and torch.is_grad_enabled() and any(m is self for m in modes):
+            count = look_up_tokens(model, self._lookups, args, kwargs)
+            self._leaves = [leaf for _, leaf in self.embeddings[len(self.embeddings) - count :]]
+            self._looked_up = 0
+
+    def _embed_in_graph(self, embeddings: Tensor) -> Tensor:
+        at = self._looked_up
+        if at >= len(self._leaves) or self._leaves[at].shape != embeddings.shape:
+            raise InputError(
+                "a compiled model that looks tokens up: open the block with what torch.compile returned, "
+                "propagate(compiled), or pass inputs_embeds"
+            )
+        self._looked_up += 1
+        leaf = self._leaves[at]
+        return embeddings + (leaf - leaf.detach())  # the value is the model's own
 
     # --- what has no rule -----------------------------------------------------------------------------------------
 
@@ -196,20 +269,44 @@ class Propagation(TorchFunctionMode):
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         if self.rules and any(map(live, outputs)):
-            self._report(resolve_name(func) or getattr(func, "__name__", str(func)))
+            named = None if torch.compiler.is_compiling() else resolve_name(func)  # a graph cannot hold the search
+            self._report(named or str(getattr(func, "__name__", func)))
         return result
 
-    def _refuse_hidden(self, lives: list[Tensor]) -> None:
-        """Report a custom autograd function, whose call torch does not show, once its output is used."""
+    def _settle_hidden(self, lives: list[Tensor]) -> list[Tensor]:
+        """Rules for custom autograd functions, whose call torch does not show, once their outputs are used.
+
+        Returns the tensors that are live still.
+        """
         for tensor in lives:
             node = tensor.grad_fn
             if isinstance(node, BackwardCFunction) and self.rules:
                 function = getattr(type(node), "_forward_cls", type(node))
                 # what a compiled region runs was seen when it was traced
                 seen = function.__module__.startswith("torch._functorch._aot_autograd")
-                known = seen or issubclass(function, (RuleFunction, BackwardHookFunction)) or function in self.rules
-                if not known:
-                    self._report(f"{function.__module__}.{function.__qualname__} (custom autograd function)")
+                if not (seen or issubclass(function, (RuleFunction, BackwardHookFunction))):
+                    self._settle(tensor, node, function)
+        return [tensor for tensor in lives if tensor.requires_grad]
+
+    def _settle(self, tensor: Tensor, node: Any, function: type) -> None:
+        """Scale the gradients that one call of a custom autograd function hands to its inputs, as its rule asks."""
+        name = f"{function.__module__}.{function.__qualname__}"
+        known = kernel_rule(name, self._shares) or _FUNCTIONS.get(name)
+        rule = self.rules.get(function) or (gradient if function in self.rules else known)
+        if self._layers and name.startswith("bitsandbytes.") and function not in self.rules:
+            self._report(f"a layer, by a Layer row, in {name},")
+        factors = getattr(node, "_attnlrp_factors", None)  # of an earlier use
+        if factors == (1.0,):
+            return
+        if rule is not None and factors is None:
+            factors = node._attnlrp_factors = _factors_at_inputs(rule, node)
+            if any(f != 1 for f in factors):
+                node.register_hook(partial(_scaled, factors))
+        stops = factors is not None and factors != () and not any(factors)
+        if rule is None or not factors or (stops and tensor._is_view()):
+            self._report(f"{name} (custom autograd function{'' if rule is None else f' with rule {rule}'})")
+        elif stops:
+            tensor.detach_()  # so that factors beside it take its share
 
     def _refuse_vmap(self, args: tuple[Any, ...]) -> None:
         """Report torch.vmap over a live tensor, which looks like a constant inside."""
@@ -238,29 +335,95 @@ _FIXES = {
     "use torch.utils.checkpoint(..., use_reentrant=False)",
     "AutogradFunctionApply": "torch.compile(backend='eager') runs a graph that has the rules in it already: "
     "use another backend",
+    "custom autograd function with rule": "torch shows its call only afterwards, so that its rule can do no more than "
+    "scale the gradients at its inputs, as gradient, uniform and constant do; for another rule, call it in a function "
+    "decorated with torch.overrides.wrap_torch_function, and add the row for that (see docs/custom-models.md)",
+    "DataParallel": "it runs in threads of its own, outside of the block: use a process for each device, or device_map",
+    "inside fused attention": "torch shows nothing of what runs inside: use attn_implementation='eager'",
+    "Layer row": "there it cannot be told from another: use the module that was compiled, weights that are not "
+    "quantised, or a table without Layer keys",
+    "whose output has no gradient": "quantise the weights only, and not what they are multiplied with",
     "ScriptModule": "torch shows nothing of what runs inside: use the module that it was made from",
 }
 
 
+def _spelled(rules: Rules) -> Rules:
+    """The table, with a row for every spelling of an operator of `torch.ops` or of `torch.library.custom_op`."""
+    rows: dict[Any, Rule] = {}
+    for key, rule in rules.items():
+        overload = getattr(key, "_opoverload", key)
+        packet = getattr(overload, "overloadpacket", overload)
+        if isinstance(packet, OpOverloadPacket) and (packet is overload or len(packet.overloads()) == 1):
+            rows |= dict.fromkeys([packet, *(getattr(packet, name) for name in packet.overloads())], rule)
+    return {**rows, **rules} if rows else rules
+
+
+def _by_row(rule: Rule, operation: Operation, *args: Any, **kwargs: Any) -> Any:
+    """A function with a row of its own: the custom autograd function that it may be made of needs no other."""
+    result = _by_rule(rule, operation, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return result
+    for output in result if isinstance(result, (tuple, list)) else (result,):
+        if isinstance(output, Tensor) and isinstance(output.grad_fn, BackwardCFunction):
+            output.grad_fn._attnlrp_factors = (1.0,)
+    return result
+
+
+_FUNCTIONS: dict[str, Rule] = {
+    # linear in what is not a weight: the weights are dequantised in the forward and in the backward pass
+    "bitsandbytes.autograd._functions.MatMul4Bit": gradient,
+    "bitsandbytes.autograd._functions.MatMul8bitLt": gradient,
+    # sqrt(x) with a bounded derivative: f(x)/x is twice the derivative, bounded alike
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.SqrtBoundDerivative": lambda op, x: op(
+        scale_gradient(x, 2.0)
+    ),
+}
+"""Rules of custom autograd functions, for tables that have no row of their own for them."""
+
+
+def _factors_at_inputs(rule: Rule, node: Any) -> tuple[float, ...]:
+    """What a rule multiplies the gradient of each tensor input of a call with; () if it does more than that."""
+    inputs = [torch.ones((), device="cpu", requires_grad=edge is not None) for edge, _ in node.next_functions]
+    results = []
+
+    def op(*args: Any, **_: Any) -> Tensor:
+        results.append(torch.stack(args).sum())
+        return results[-1]
+
+    try:
+        result = rule(op, *inputs)
+    except TypeError:  # it takes arguments that are not tensors
+        return ()
+    if len(results) != 1 or result is not results[0] or isinstance(result.grad_fn, BackwardCFunction):
+        return ()
+    if not result.requires_grad:
+        return (0.0,) * len(inputs)
+    result.backward()
+    return tuple((0.0 if x.grad is None else x.grad.item()) if x.requires_grad else 1.0 for x in inputs)
+
+
+def _scaled(factors: tuple[float, ...], grads: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+    return tuple(g if g is None else g * factor for g, factor in zip(grads, factors, strict=True))
+
+
 def module_path(model: nn.Module) -> str:
     """Path, inside `model`, of the module whose code is running, read off the call stack."""
+    if torch.compiler.is_compiling():
+        return "(compiled)"
     names = {id(module): name for name, module in model.named_modules()}
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            return f"{names[id(owner)] or '(top)'} ({type(owner).__name__})"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "(outside the model)"
+    running = running_module(names)
+    if running is None:
+        return "(outside the model)"
+    return f"{names[id(running)] or '(top)'} ({type(running).__name__})"
 
 
 def _token_embeddings(model: nn.Module) -> list[nn.Module]:
     """The tables of token embeddings: of the model, and of an encoder and a decoder that do not share it."""
     own: Any = model
     found: list[nn.Module] = []
-    for part in (lambda: own, lambda: own.get_encoder(), lambda: own.get_decoder()):
+    for name in ("", "get_encoder", "get_decoder"):
         try:
-            table = part().get_input_embeddings()
+            table = (getattr(own, name)() if name else own).get_input_embeddings()
         except (AttributeError, NotImplementedError):
             continue
         if isinstance(table, nn.Module) and isinstance(getattr(table, "weight", None), Tensor):
@@ -320,4 +483,6 @@ def _by_rule(rule: Callable[..., Any], operation: Operation, *args: Any, **kwarg
 def write(target: Tensor, result: Tensor) -> Tensor:
     """Write a result in place; a target that it makes constant is live no longer, so that no relevance ends in it."""
     target.copy_(result)
-    return target if live(result) or not live(target) or target._is_view() else target.detach_()
+    if live(result) or not live(target) or target._base is not None:
+        return target
+    return target.detach_()

@@ -453,6 +453,6 @@ def _memory() -> Iterator[None]:
         return
     said = str(reason).splitlines() or [type(reason).__name__]
     raise OutOfMemoryError(
-        "out of memory: explain fewer texts at a time, use bfloat16 (--dtype bfloat16), a shorter text, or a device "
-        f"with more memory (--device); the system said: {said[0]}"
+        "out of memory: explain fewer texts at a time, use memory='checkpoint' (--memory checkpoint), bfloat16 "
+        "(--dtype bfloat16), a shorter text, or a device with more memory (--device); the system said: " + said[0]
     ) from reason

@@ -249,7 +249,8 @@ class _Bookkeeping(Propagation):
 
     def _offsets(self, entry: Entry, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
         """What an operation gives if its live inputs are 0: the constant part of an affine map."""
-        rule = self._rule(func, entry.operation)
+        layer = self._layers.find(entry.operation, args, kwargs) if self._layers else None
+        rule = layer or self._rule(func, entry.operation)
         if rule is power or isinstance(rule, (epsilon, stabilised_identity)):
             entry.remainder = "stabiliser"
         if not (rule is gradient or entry.operation in _AFFINE) or entry.remainder or entry.operation in _NO_OFFSET:

@@ -285,13 +285,28 @@ def _add(table: dict[Any, Operation], namespace: Any, alias: str, name: str) -> 
 OPERATIONS: dict[Any, Operation] = _spellings()
 
 
+_FOREIGN = {"transformers.grouped_mm_fallback": "matmul"}
+"""Operators of other libraries, by their qualified name."""
+
+
+_IN_GRAPHS = {
+    function.__name__: operation
+    for function, operation in OPERATIONS.items()
+    if isinstance(function, types.FunctionType) and function in _REVERSED
+} | {"pow": OPERATIONS[torch.pow], "pow_": Operation("pow", torch.pow, in_place=True)}
+"""Operators that Tensor writes in Python: while a graph is traced they equal no function but themselves."""
+
+
 def find(function: Any) -> Operation | None:
     """The operation that a function is; operators such as `torch.ops.aten.mul` are found by their name."""
-    operation = OPERATIONS.get(function)
+    in_graph = _IN_GRAPHS.get(getattr(function, "__name__", "")) if torch.compiler.is_compiling() else None
+    operation = in_graph or OPERATIONS.get(function)
     if operation is None and isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         packet = getattr(function, "overloadpacket", function)
         namespace, _, name = str(packet).partition(".")
         known = OPERATIONS.get(getattr(torch, name.rstrip("_"), None)) if namespace == "aten" else None
+        if str(packet) in _FOREIGN:
+            return Operation(_FOREIGN[str(packet)], function)
         in_place = name.endswith("_")
         call = getattr(torch.ops.aten, name.rstrip("_")) if in_place else function
         operation = known and Operation(known.name, call, in_place)

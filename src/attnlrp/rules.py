@@ -41,11 +41,14 @@ from attnlrp.backward import (
 __all__ = [
     "ATTNLRP",
     "CP_LRP",
+    "GATE_EPSILON",
     "GRADIENT",
+    "MAMBA_LRP",
     "PRESETS",
     "SOFTMAX_DISTRIBUTE",
     "SOFTMAX_IDENTITY",
     "SOFTMAX_OMIT",
+    "Layer",
     "Rule",
     "Rules",
     "constant",
@@ -60,7 +63,27 @@ __all__ = [
 
 Rule: TypeAlias = Callable[..., Any]
 Rules: TypeAlias = Mapping[Any, Rule]
-"""Canonical operation name (or the function itself, for an operation of your own) -> rule."""
+"""Canonical operation name (or the function itself, for an operation of your own, or a `Layer`) -> rule."""
+
+GATE_EPSILON = 1e-2
+"""The stabiliser of gates, in units of the gate's input: the same in every precision, so that relevance is too."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Key of a table: the layers whose weight has this name; of several that match, the last row applies.
+
+    A layer is a linear layer, a convolution, or a product with a weight, as experts in one stack compute it. Its row
+    takes the place of that of the operation.
+
+    Args:
+        pattern: path of the module that owns the weight, or of the weight itself, as `fnmatch` reads it:
+            "*.mlp.*", "*q_proj", "*.experts.down_proj".
+        optional: whether it may match nothing, as in a table that is made for every model.
+    """
+
+    pattern: str
+    optional: bool = False
 
 
 # --- eq. 8: linear layers ---------------------------------------------------------------------------------------
@@ -111,14 +134,20 @@ class identity:
 
 @dataclass(frozen=True)
 class stabilised_identity:
-    """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9)."""
+    """R_i = R_j x / (x + eps sign x) for y = f(x), f(0) != 0: f(x)/x has a pole at 0, so it is stabilised (eq. 9).
+
+    Args:
+        value: eps > 0, in units of x; None scales it to the precision of x.
+    """
+
+    value: float | None = GATE_EPSILON
 
     def __call__(self, op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         # at 0 the share x / (x + eps) is 0; a ratio of 1 / eps would only blow up what cancels behind x = a - b
         return Identity.on(
             x,
             lambda t: op(t, *args, **kwargs),
-            lambda t: (op(t, *args, **kwargs) / stabilise(t)).masked_fill(t == 0, 0),
+            lambda t: (op(t, *args, **kwargs) / stabilise(t, self.value)).masked_fill(t == 0, 0),
         )
 
 
@@ -127,22 +156,33 @@ def square(op: Callable[..., Any], x: Tensor) -> Any:
     return op(scale_gradient(x, 1 / 2))
 
 
+def root(op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Identity for x^n with 0 < n < 1. At x = 0 exactly, where the slope is infinite, nothing is passed on."""
+    return identity(lambda t, *a, **k: (op(t, *a, **k) / t).masked_fill(t == 0, 0))(op, x, *args, **kwargs)
+
+
 def power(op: Callable[..., Any], x: Any, exponent: Any) -> Any:
     """Identity for x^n with n >= 1: f(x)/x = x^(n-1), the derivative / n. A negative power is a statistic."""
     if live(exponent):
         return stabilised_identity()(lambda n: op(x.detach() if live(x) else x, n), exponent)
-    if not isinstance(exponent, (int, float)) or 0 < exponent < 1:
+    if not isinstance(exponent, (int, float)):
         return stabilised_identity()(op, x, exponent)
+    if 0 < exponent < 1:
+        return root(op, x, exponent)
     return op(scale_gradient(x, 1 / exponent), exponent) if exponent >= 1 else constant(op, x, exponent)
 
 
 def clip(op: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Identity where the clipping interval holds 0; else plain gradient, and the bound absorbs."""
+    """Identity where the clipping interval holds 0; elsewhere plain gradient, and the bound absorbs."""
     if any(map(live, (*args, *kwargs.values()))):
         return op(x, *args, **kwargs)
-    with torch.no_grad():
-        keeps_zero = bool((op(torch.zeros_like(x), *args, **kwargs) == 0).all())
-    return identity()(op, x, *args, **kwargs) if keeps_zero else op(x, *args, **kwargs)
+
+    def ratio(t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = op(t, *args, **kwargs)
+        keeps_zero = op(torch.zeros_like(t), *args, **kwargs) == 0
+        return quotient(op)(t, *args, **kwargs).masked_fill(~keeps_zero & (y != t), 0)
+
+    return identity(ratio)(op, x, *args, **kwargs)
 
 
 # --- prop. 3.1: softmax, and the variants of appendix A.2.1 that the paper shows to be unstable -------------------
@@ -156,7 +196,7 @@ def constant(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def softmax_identity(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """R_i = R_j: the identity rule through softmax. Explodes where x is near 0: for the record only."""
-    return stabilised_identity()(op, x, *args, **kwargs)  # type: ignore[no-any-return]
+    return stabilised_identity(None)(op, x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def softmax_distribute(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -371,18 +411,8 @@ def quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
 # --- the tables -------------------------------------------------------------------------------------------------
 
 _GATES = (
-    "sigmoid",
-    "hardsigmoid",
-    "logsigmoid",
-    "softplus",
-    "exp",
-    "exp2",
-    "cos",
-    "cosh",
-    "erfc",
-    "log",
-    "log2",
-    "sqrt",
+    *("sigmoid", "hardsigmoid", "logsigmoid", "softplus"),
+    *("exp", "exp2", "cos", "cosh", "erfc", "log", "log2"),
 )
 _QUOTIENTS = (
     *("activation", "tanh", "erf", "sin", "sinh", "asin", "asinh", "atan", "tan", "expm1", "log1p", "softsign"),
@@ -403,6 +433,7 @@ ATTNLRP: Rules = {
     "hardswish": identity(lambda x: F.relu6(x + 3) / 6),
     "square": square,
     "pow": power,
+    "sqrt": root,
     "clamp": clip,
     "hardtanh": clip,
     **dict.fromkeys(_QUOTIENTS, identity()),
@@ -435,6 +466,14 @@ ATTNLRP: Rules = {
 CP_LRP: Rules = {**ATTNLRP, "softmax": constant}
 """Ali et al., 2022: attention weights are constants; queries and keys get nothing, values everything."""
 
+MAMBA_LRP: Rules = {
+    **ATTNLRP,
+    **dict.fromkeys(_GATES, constant),
+    Layer("*.x_proj", optional=True): constant,
+    Layer("*.x_proj_weight", optional=True): constant,
+}
+"""Jafari et al., 2024 (MambaLRP): gates, and what a projection gives as parameters of a state space, are constants."""
+
 GRADIENT: Rules = {}
 """No rule at all: gradient x input."""
 
@@ -446,6 +485,7 @@ SOFTMAX_OMIT: Rules = {**ATTNLRP, "softmax": softmax_omit}
 PRESETS: dict[str, Rules] = {
     "attnlrp": ATTNLRP,
     "cp-lrp": CP_LRP,
+    "mamba-lrp": MAMBA_LRP,
     "gradient": GRADIENT,
     "softmax-identity": SOFTMAX_IDENTITY,
     "softmax-distribute": SOFTMAX_DISTRIBUTE,
