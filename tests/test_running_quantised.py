@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import tiny
 from attnlrp import UnknownOperationError, propagate
 from attnlrp.checkpoint import checkpointed
-from attnlrp.engine import _FUNCTIONS
+from attnlrp.kernels import FUNCTIONS
 from attnlrp.rules import gradient
 
 
@@ -143,4 +143,4 @@ def test_weights_of_8_bits_by_bitsandbytes(name: str) -> None:
 def test_the_known_functions_of_bitsandbytes_exist(name: str) -> None:
     loaded("bitsandbytes")
     assert hasattr(importlib.import_module("bitsandbytes.autograd._functions"), name)
-    assert _FUNCTIONS[f"bitsandbytes.autograd._functions.{name}"] is gradient
+    assert FUNCTIONS[f"bitsandbytes.autograd._functions.{name}"] is gradient

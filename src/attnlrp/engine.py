@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
-from torch._ops import OpOverloadPacket
 from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.nn.modules._functions import BackwardHookFunction
@@ -22,7 +21,15 @@ from attnlrp.backward import RuleFunction, live, scale_gradient
 from attnlrp.checkpoint import follow_checkpoint
 from attnlrp.compiled import hide, is_compiled, look_up_tokens, show
 from attnlrp.errors import InputError, UnknownOperationError
-from attnlrp.kernels import FLEX_ATTENTION, caps_inside_kernel, kernel_rule, share_attention
+from attnlrp.kernels import (
+    FLEX_ATTENTION,
+    caps_inside_kernel,
+    factors_at_inputs,
+    kernel_rule,
+    scale_inputs,
+    share_attention,
+    spelled,
+)
 from attnlrp.layers import WEIGHTED, LayerRules, running_module
 from attnlrp.operations import COMPOSITES, OPERATIONS, PASSED, Operation, find
 from attnlrp.rules import ATTNLRP, Rule, Rules, attention_shares, gradient
@@ -76,7 +83,7 @@ class Propagation(TorchFunctionMode):
         super().__init__()
         if on_unknown not in ("error", "warn", "gradient"):
             raise ValueError(f"on_unknown: got {on_unknown!r}, expected 'error', 'warn' or 'gradient'")
-        self.model, self.rules, self.on_unknown = model, _spelled(rules), on_unknown
+        self.model, self.rules, self.on_unknown = model, spelled(rules), on_unknown
         self.embeddings: list[tuple[Tensor, Tensor]] = []
         self._lookups = _token_embeddings(model)
         self._shares = attention_shares(rules)
@@ -291,7 +298,7 @@ class Propagation(TorchFunctionMode):
     def _settle(self, tensor: Tensor, node: Any, function: type) -> None:
         """Scale the gradients that one call of a custom autograd function hands to its inputs, as its rule asks."""
         name = f"{function.__module__}.{function.__qualname__}"
-        known = kernel_rule(name, self._shares) or _FUNCTIONS.get(name)
+        known = kernel_rule(name, self._shares)
         rule = self.rules.get(function) or (gradient if function in self.rules else known)
         if self._layers and name.startswith("bitsandbytes.") and function not in self.rules:
             self._report(f"a layer, by a Layer row, in {name},")
@@ -299,9 +306,9 @@ class Propagation(TorchFunctionMode):
         if factors == (1.0,):
             return
         if rule is not None and factors is None:
-            factors = node._attnlrp_factors = _factors_at_inputs(rule, node)
+            factors = node._attnlrp_factors = factors_at_inputs(rule, node)
             if any(f != 1 for f in factors):
-                node.register_hook(partial(_scaled, factors))
+                node.register_hook(partial(scale_inputs, factors))
         stops = factors is not None and factors != () and not any(factors)
         if rule is None or not factors or (stops and tensor._is_view()):
             self._report(f"{name} (custom autograd function{'' if rule is None else f' with rule {rule}'})")
@@ -347,17 +354,6 @@ _FIXES = {
 }
 
 
-def _spelled(rules: Rules) -> Rules:
-    """The table, with a row for every spelling of an operator of `torch.ops` or of `torch.library.custom_op`."""
-    rows: dict[Any, Rule] = {}
-    for key, rule in rules.items():
-        overload = getattr(key, "_opoverload", key)
-        packet = getattr(overload, "overloadpacket", overload)
-        if isinstance(packet, OpOverloadPacket) and (packet is overload or len(packet.overloads()) == 1):
-            rows |= dict.fromkeys([packet, *(getattr(packet, name) for name in packet.overloads())], rule)
-    return {**rows, **rules} if rows else rules
-
-
 def _by_row(rule: Rule, operation: Operation, *args: Any, **kwargs: Any) -> Any:
     """A function with a row of its own: the custom autograd function that it may be made of needs no other."""
     result = _by_rule(rule, operation, *args, **kwargs)
@@ -367,43 +363,6 @@ def _by_row(rule: Rule, operation: Operation, *args: Any, **kwargs: Any) -> Any:
         if isinstance(output, Tensor) and isinstance(output.grad_fn, BackwardCFunction):
             output.grad_fn._attnlrp_factors = (1.0,)
     return result
-
-
-_FUNCTIONS: dict[str, Rule] = {
-    # linear in what is not a weight: the weights are dequantised in the forward and in the backward pass
-    "bitsandbytes.autograd._functions.MatMul4Bit": gradient,
-    "bitsandbytes.autograd._functions.MatMul8bitLt": gradient,
-    # sqrt(x) with a bounded derivative: f(x)/x is twice the derivative, bounded alike
-    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.SqrtBoundDerivative": lambda op, x: op(
-        scale_gradient(x, 2.0)
-    ),
-}
-"""Rules of custom autograd functions, for tables that have no row of their own for them."""
-
-
-def _factors_at_inputs(rule: Rule, node: Any) -> tuple[float, ...]:
-    """What a rule multiplies the gradient of each tensor input of a call with; () if it does more than that."""
-    inputs = [torch.ones((), device="cpu", requires_grad=edge is not None) for edge, _ in node.next_functions]
-    results = []
-
-    def op(*args: Any, **_: Any) -> Tensor:
-        results.append(torch.stack(args).sum())
-        return results[-1]
-
-    try:
-        result = rule(op, *inputs)
-    except TypeError:  # it takes arguments that are not tensors
-        return ()
-    if len(results) != 1 or result is not results[0] or isinstance(result.grad_fn, BackwardCFunction):
-        return ()
-    if not result.requires_grad:
-        return (0.0,) * len(inputs)
-    result.backward()
-    return tuple((0.0 if x.grad is None else x.grad.item()) if x.requires_grad else 1.0 for x in inputs)
-
-
-def _scaled(factors: tuple[float, ...], grads: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
-    return tuple(g if g is None else g * factor for g, factor in zip(grads, factors, strict=True))
 
 
 def module_path(model: nn.Module) -> str:
