@@ -128,7 +128,7 @@ def test_classes_by_name(explain: Run, root: Path) -> None:
     assert "positive" in shown.out
 
 
-@pytest.mark.parametrize("rules", ["attnlrp", "cp-lrp", "gradient", "softmax-identity"])
+@pytest.mark.parametrize("rules", ["attnlrp", "cp-lrp", "mamba-lrp", "gradient", "softmax-identity"])
 def test_the_table_of_rules(explain: Run, root: Path, rules: str) -> None:
     data = parsed(explain(TEXT, "--rules", rules, "--json", "-"))
     assert data["rules"] == rules

@@ -14,6 +14,7 @@ import tiny
 from attnlrp import ATTNLRP, audit, propagate
 from attnlrp.rules import GATE_EPSILON, MAMBA_LRP, PRESETS, Rules, constant, stabilised_identity
 from conformance import recipe
+from explained import explain
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers warns of while it builds its own models
 
@@ -121,6 +122,21 @@ def test_the_ledger_of_the_preset_closes_and_no_gate_passes_anything_on(kind: st
     gates = set(GATES)
     assert not gates & {e.operation for e in ledger.entries if e.passed}
     assert gates & {e.operation for e in audit(model, arguments).entries if e.passed}
+
+
+def remembered(x: Tensor) -> Tensor:
+    """h_t = sigmoid(x_t) h_(t-1) + x_t, the least of all recurrences with a gate."""
+    state = torch.zeros((), dtype=x.dtype)
+    for item in x:
+        state = item.sigmoid() * state + item
+    return state
+
+
+def test_a_decay_takes_half_at_each_step_or_none() -> None:
+    x = torch.tensor([4.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # sigmoid(0) = 1/2, and what is 0 gets nothing
+    one = torch.tensor(1.0, dtype=torch.float64)
+    assert explain(remembered, x, rules=MAMBA_LRP, g=one).relevance[0].tolist() == [4 / 2**3, 0, 0, 0]
+    assert explain(remembered, x, g=one).relevance[0].tolist() == [4 / 2**3 / 2**3, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("kind", "own"), [("mamba", True), ("falcon_mamba", True), ("zamba", True), ("mamba2", False)])

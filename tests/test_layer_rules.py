@@ -98,14 +98,24 @@ def test_the_last_row_that_matches_applies() -> None:
     assert_close(found, relevance(model, inputs, ATTNLRP))
 
 
-def test_a_tied_weight_has_the_names_of_all_its_modules() -> None:
+@pytest.mark.parametrize("pattern", ["lm_head", "*.embed_tokens", "lm_head.weight"])
+def test_a_tied_weight_has_the_names_of_all_its_modules(pattern: str) -> None:
     tied = tiny.build("llama", torch.float64, tie_word_embeddings=True)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     inputs = tiny.inputs("llama")
-    found = relevance(tied, inputs, ATTNLRP | {Layer("lm_head"): epsilon(0.1)})
+    found = relevance(tied, inputs, ATTNLRP | {Layer(pattern): epsilon(0.1)})
     everywhere = relevance(tied, inputs, ATTNLRP | {Layer("*"): epsilon(0.1), Layer("*_proj"): gradient})
     assert_close(found, everywhere)
     assert not torch.allclose(found, relevance(tied, inputs, ATTNLRP))
+
+
+@pytest.mark.parametrize("pattern", ["0", "2"])
+def test_a_module_in_two_places_has_both_names(pattern: str) -> None:
+    shared = nn.Linear(3, 3)
+    x = numbers(2, 3)
+    assert not gradients(nn.Sequential(shared, nn.ReLU(), shared).double(), x, ATTNLRP).eq(0).all()
+    with propagate(nn.Sequential(shared, nn.ReLU(), shared), ATTNLRP | {Layer(pattern): constant}):
+        assert not shared(x.clone().requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
