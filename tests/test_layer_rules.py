@@ -48,9 +48,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "end"), [("llama", "q_proj"), ("llama", "mlp.down_proj"), ("gpt2", "c_attn")])
-def test_a_constant_layer_is_one_that_is_cut_off(name: str, end: str) -> None:
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_a_constant_layer_is_one_that_is_cut_off(name: str, end: str, suffix: str) -> None:
     model, inputs = tiny.build(name, torch.float64), tiny.inputs(name)
-    found = relevance(model, inputs, ATTNLRP | {Layer(f"*{end}"): constant})
+    found = relevance(model, inputs, ATTNLRP | {Layer(f"*{end}{suffix}"): constant})
     assert_close(found, stopped(model, inputs, end))
     assert not torch.allclose(found, relevance(model, inputs, ATTNLRP))
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attnlrp import evaluation as evaluate
     from attnlrp.engine import Propagation, propagate
     from attnlrp.errors import (
         AttnLRPError,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
     from attnlrp.explanation import Explanation
     from attnlrp.ledger import Ledger, audit
-    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT
+    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP
     from attnlrp.targets import OTHERS, Continuation
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "GRADIENT": "rules",
     "InputError": "errors",
     "Ledger": "ledger",
+    "MAMBA_LRP": "rules",
     "ModelError": "errors",
     "NumericalError": "errors",
     "OTHERS": "targets",
@@ -52,6 +54,7 @@ __all__ = [
     "ATTNLRP",
     "CP_LRP",
     "GRADIENT",
+    "MAMBA_LRP",
     "OTHERS",
     "AttnLRPError",
     "Continuation",
@@ -67,11 +70,14 @@ __all__ = [
     "UnknownOperationError",
     "__version__",
     "audit",
+    "evaluate",
     "propagate",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        return importlib.import_module("attnlrp.evaluation")
     if name not in _HOMES:
         raise AttributeError(f"module 'attnlrp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"attnlrp.{_HOMES[name]}"), name)

@@ -60,6 +60,7 @@ def propagate(model: nn.Module, rules: Rules = ATTNLRP, *, on_unknown: OnUnknown
 
     Raises:
         UnknownOperationError: an operation is neither neutral nor in the table (names it, its module, and the fix).
+        InputError: a `Layer` of the table matches nothing in the model.
 
     Example:
         >>> with attnlrp.propagate(model):
@@ -327,7 +328,9 @@ class Propagation(TorchFunctionMode):
         if self.on_unknown == "gradient":
             return
         fix = next((fix for part, fix in _FIXES.items() if part in name), _ADD_A_RULE)
-        message = f"no rule for operation {name} in module {module_path(self.model)}: {fix}"
+        # a graph that is traced must not touch the model
+        where = "(compiled)" if torch.compiler.is_compiling() else module_path(self.model)
+        message = f"no rule for operation {name} in module {where}: {fix}"
         if self.on_unknown == "error":
             raise UnknownOperationError(message)
         warnings.warn(message, stacklevel=4)
@@ -367,8 +370,6 @@ def _by_row(rule: Rule, operation: Operation, *args: Any, **kwargs: Any) -> Any:
 
 def module_path(model: nn.Module) -> str:
     """Path, inside `model`, of the module whose code is running, read off the call stack."""
-    if torch.compiler.is_compiling():
-        return "(compiled)"
     names = {id(module): name for name, module in model.named_modules()}
     running = running_module(names)
     if running is None:

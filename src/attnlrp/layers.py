@@ -50,10 +50,11 @@ class LayerRules:
 
     def find(self, operation: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rule | None:
         """The rule of the layer that one call belongs to, if a row names it."""
-        addresses = [_address(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not live(v)]
-        row = next((self._at[at] for at in addresses if at in self._at), None)
-        if row is None:
-            row = self._of.get(id(running_module(self._of)), _NONE) if operation in _ALWAYS else _NONE
+        constants = [_address(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not live(v)]
+        found = [self._at[at] for at in constants if at in self._at]  # a bias too, which may come before its weight
+        if not found and operation in _ALWAYS:
+            found = [self._of.get(id(running_module(self._of)), _NONE)]
+        row = max(found, default=_NONE)
         return None if row == _NONE else self._rules[row]
 
     def _resolve(self, model: nn.Module, keys: list[Layer]) -> None:

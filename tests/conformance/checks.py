@@ -68,7 +68,7 @@ def check(result: Result, model: nn.Module, inputs: dict[str, Any]) -> None:
     if not conserved.error <= CONSERVED:
         result.outcome, result.reason = "CP-LRP not conserved", f"error {conserved.error:.1e}"
         return
-    # in float32 on both sides: the stabiliser of gates, and with it the result, depends on the precision
+    # in float32 on both sides, so that what is compared is the way of computing it and not its precision
     ledger = ledger if ledger.dtype == torch.float32 else audit(model, inputs, attnlrp.ATTNLRP, torch.float32)
     difference = abs(explained(model, inputs) - sum(ledger.inputs.values())) / ledger.scale
     if not difference <= AGREEMENT:

@@ -265,6 +265,7 @@ _MULTIMODAL: dict[str, dict[str, Any]] = {
     "idefics": {"inputs": {**FRAMED, "image_attention_mask": {"value": [[[1]] * 7]}}},
     "idefics2": {"inputs": FRAMED},
     "idefics3": {"inputs": FRAMED},
+    "inkling_mm_model": {"inputs": {"pixel_values": (4, 2, 8, 8, 3)}},
     "inkling2": {"inputs": {"pixel_values": (4, 16, 16, 3), "image_grid_thw": {"value": [[1, 2, 2]]}}},
     "instructblip": {"config": QUERIES, "inputs": QFORMER},
     "instructblipvideo": {
