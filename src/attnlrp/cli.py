@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnlrp.cli_evaluate import app as evaluate
 from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(evaluate)
 errors = Console(stderr=True, soft_wrap=True)
 
 Text = Annotated[str | None, typer.Argument(help="Text to explain; - reads standard input.", show_default=False)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,30 @@ from torch import Tensor
 from attnlrp.columns import arrange, widen
 from attnlrp.engine import propagate
 from attnlrp.errors import InputError
+from attnlrp.evaluation.cost import Method
 from attnlrp.rules import PRESETS, Rules
 
-__all__ = ["Propagated", "find_methods"]
+__all__ = ["DEFAULT", "Propagated", "find_methods", "parameters", "vary"]
+
+DEFAULT = (
+    "random",
+    "gradient",
+    "gradient-x-input",
+    "integrated-gradients",
+    "smoothgrad",
+    "kernel-shap",
+    "lime",
+    "feature-ablation",
+    "leave-one-out",
+    "attention",
+    "attention-rollout",
+    "gradient-x-attention-rollout",
+    "grad-cam",
+    "atman",
+    "cp-lrp",
+    "attnlrp",
+)
+"""Compared when nothing is asked for: every baseline, and the two presets that are meant to be used."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +67,89 @@ class Propagated:
         return read.relevance(torch.autograd.grad(scores.sum(), read.leaves))[0].cpu()
 
 
-def find_methods(names: list[str] | None = None) -> dict[str, Any]:
-    """Methods by name: the baselines, and relevance propagation with each preset.
+def find_methods(names: Sequence[str | Mapping[str, Any]] | None = None) -> dict[str, Method]:
+    """Methods by name: the baselines, relevance propagation with each preset, and those of other packages.
+
+    Args:
+        names: of each method its name; "package.module:NAME" for a method or a table of rules of another package; or a
+            mapping with `name`, its own parameters, and `method` if that has another name. None for `DEFAULT`.
 
     Raises:
-        InputError: no such method.
+        InputError: no such method, or not such a parameter.
     """
+    found: dict[str, Method] = {}
+    for entry in DEFAULT if names is None else names:
+        given = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = given.pop("name", given.get("method"))
+        base = given.pop("method", name)
+        if not isinstance(name, str) or not isinstance(base, str):
+            raise InputError(f"methods: got {entry!r}, expected a name, or a mapping with name and parameters")
+        if name in found:
+            raise InputError(f"methods: got {name!r} twice, expected each name once")
+        found[name] = vary(_find(base), name, given) if given else _find(base)
+    return found
+
+
+def vary(method: Method, name: str, parameters: Mapping[str, Any]) -> Method:
+    """The method with other parameters.
+
+    Raises:
+        InputError: not such a parameter; names those that it has.
+    """
+    known = [f.name for f in _fields(method)]
+    unknown = [key for key in parameters if key not in known]
+    if unknown:
+        raise InputError(
+            f"method {name}: got the parameter {unknown[0]!r}, expected some of {', '.join(known) or 'none: it has no'}"
+        )
+    return dataclasses.replace(method, **parameters) if known else method  # type: ignore[type-var]
+
+
+def parameters(method: Method) -> dict[str, Any]:
+    """What makes a method what it is, as plain data: its parameters, of a table of rules its rows."""
+    if isinstance(method, Propagated):
+        named = next((name for name, rules in PRESETS.items() if rules is method.rules), None)
+        rows = {str(key): _described(rule) for key, rule in method.rules.items()}
+        return {"rules": named or dict(sorted(rows.items()))}
+    return {f.name: _described(getattr(method, f.name)) for f in _fields(method)}
+
+
+def _find(name: str) -> Method:
     from attnlrp.baselines import BASELINES
 
-    known = {**BASELINES, **{name: Propagated(rules) for name, rules in PRESETS.items() if name != "gradient"}}
-    missing = [name for name in names or [] if name not in known]
-    if missing:
-        raise InputError(f"methods: got {', '.join(missing)}, expected some of {', '.join(known)}")
-    return {name: known[name] for name in names or known}
+    if ":" in name:
+        return _imported(name)
+    if name in BASELINES:
+        return BASELINES[name]
+    if name in PRESETS:
+        return Propagated(PRESETS[name])
+    known = ", ".join(dict.fromkeys([*BASELINES, *PRESETS]))
+    raise InputError(f"methods: got {name!r}, expected some of {known}, or package.module:NAME")
+
+
+def _imported(name: str) -> Method:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"methods: cannot import {name!r} ({error}); expected package.module:NAME") from error
+    if isinstance(found, Mapping):
+        return Propagated(found)
+    method = found() if isinstance(found, type) else found
+    if not callable(method):
+        raise InputError(f"methods: {name!r} is {found!r}, expected a method or a table of rules")
+    return method  # type: ignore[no-any-return]
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else ()
+
+
+def _described(value: Any) -> Any:
+    """Plain data without addresses, the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if _fields(value):
+        inside = ", ".join(f"{f.name}={_described(getattr(value, f.name))}" for f in _fields(value))
+        return f"{type(value).__name__}({inside})"
+    return getattr(value, "__qualname__", None) or type(value).__qualname__

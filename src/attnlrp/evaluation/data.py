@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,20 @@ _EXPECTED = (
 )
 
 
-def read(source: str | Path) -> list[Record]:
-    """All records of a source, in its order.
+def read(source: str | Path, *, most: int = 20_000, seed: int = 0) -> list[Record]:
+    """All records of a file, in its order; of a data set of the hub, a random choice if it is large.
+
+    Args:
+        source: file, or name on the hub, optionally with :split.
+        most: rows of a data set of the hub that are read.
+        seed: of their choice.
 
     Raises:
         InputError: not there, or a line without the fields; says which line.
     """
     path = Path(source).expanduser()
     if not path.exists():
-        return _from_hub(str(source))
+        return _from_hub(str(source), most, seed)
     raw = path.read_bytes()
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     if path.name.removesuffix(".gz").endswith(".json"):
@@ -102,7 +107,7 @@ def _squad(path: Path, text: str) -> list[Record]:
     return [_checked(record, str(path), str(record["id"])) for record in found]
 
 
-def _from_hub(source: str) -> list[Record]:
+def _from_hub(source: str, most: int, seed: int) -> list[Record]:
     try:
         import datasets
     except ImportError as error:
@@ -111,8 +116,11 @@ def _from_hub(source: str) -> list[Record]:
     name, _, split = source.partition(":")
     known, configuration, usual = HUB.get(name, (name, None, "validation"))
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(known, configuration, split=split or usual)
+        rows = datasets.load_dataset(known, configuration, split=split or usual)
     except Exception as error:  # the library raises whatever its network and file systems raise
         raise InputError(f"data: no file {source!r}, and the hub gave {error}; expected {_EXPECTED}") from error
-    records = [_checked(row, source, str(row.get("id", k))) for k, row in enumerate(rows)]
+    chosen: Sequence[int] = range(len(rows))
+    if len(chosen) > most:  # Wikipedia has millions of rows
+        chosen = sorted(random.Random(seed).sample(chosen, most))
+    records = [_checked(row, source, str(row.get("id", k))) for k, row in ((k, rows[k]) for k in chosen)]
     return [r for r in records if "text" in r or r["answers"]]

@@ -17,7 +17,8 @@ class Journal:
 
     Args:
         path: JSON lines, appended to; None keeps the results in memory only.
-        settings: what the results depend on; a file with other settings is refused.
+        settings: what the results depend on; a file with other settings is refused. Those that are a mapping, such as
+            the parameters of each method, may gain entries: methods can be added to a file.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -51,12 +52,37 @@ class Journal:
         try:
             head, *rows = [json.loads(line) for line in whole.splitlines()]
             settings = head["settings"]
-            self._rows = {(row["sample"], row["method"]): row for row in rows}
+            for row in rows:
+                if "settings" in row:
+                    settings = _joined(settings, row["settings"])
+                else:
+                    self._rows[row["sample"], row["method"]] = row
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a file of results ({error!r}); give another name") from error
-        changed = {k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k)}
+        changed = _contradictions(settings, self.settings)
         if changed:
-            described = ", ".join(f"{k} {settings.get(k)!r} (now {self.settings.get(k)!r})" for k in sorted(changed))
-            raise InputError(f"{path}: holds results with {described}; give another file, or the same settings")
+            raise InputError(
+                f"{path}: holds results with {', '.join(changed)}; give another file, or the same settings"
+            )
         if rest:  # the line that was being written when the run was killed
             path.write_text(whole + "\n", encoding="utf-8")
+        if _joined(settings, self.settings) != settings:
+            self._append({"settings": self.settings})
+
+
+def _joined(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the entries that a later run has added."""
+    both = {k: {**v, **later[k]} for k, v in settings.items() if isinstance(v, dict) and isinstance(later.get(k), dict)}
+    return {**settings, **later, **both}
+
+
+def _contradictions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that are not the same, in words; an entry that only one of two mappings has is no contradiction."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{k} {a[k]!r} (now {b[k]!r})" for k in sorted(a.keys() & b.keys()) if a[k] != b[k]]
+        elif a != b:
+            found.append(f"{key} {a!r} (now {b!r})")
+    return found
