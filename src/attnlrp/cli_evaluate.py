@@ -158,7 +158,7 @@ def table(
 
         def loaded(entry: ModelEntry) -> tuple[Any, Any]:
             path = None if entry.path == demo.NAME else entry.path
-            return load(path, device=device, dtype=dtype, report=lambda step: told("")(0, 0, step))[:2]
+            return load(path, device=device, dtype=dtype or entry.dtype, report=lambda step: told("")(0, 0, step))[:2]
 
         result = run_table(found, out, loaded, methods=methods, progress=told)
     if json_to is not None:

@@ -15,6 +15,7 @@ from attnlrp.errors import InputError
 from attnlrp.evaluation.flipping import SPECIAL
 from attnlrp.evaluation.perturbation import BASELINES
 from attnlrp.methods import find_methods
+from attnlrp.models import DTYPES
 from attnlrp.runs import KINDS
 from attnlrp.tuning import GRIDS, Grid, open_grids
 
@@ -26,11 +27,12 @@ DATA_FOLDER = "ATTNLRP_DATA"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model: a name to show, where it is, and the names of the data sets that it runs on (all by default)."""
+    """A model: a name to show, where it is, the names of the data sets that it runs on (all by default), its dtype."""
 
     name: str
     path: str
     data: tuple[str, ...] | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ _MODEL = {
     "name": _text("a name to show"),
     "path": _text("a hub name, a folder, a GGUF file, package:NAME/FILE, or gemma-3-270m for the packaged model"),
     "data": _Key("a list of names of data sets", _names),
+    "dtype": _choice(DTYPES),
 }
 _DATA = {
     "name": _text("a name to show"),
@@ -144,7 +147,7 @@ def read_config(path: str | Path, *, data_folder: str | Path | None = None) -> C
         where = f"{path}: models[{k}]"
         one = _checked(entry, where, _MODEL)
         place = _packaged(_filled(one["path"], f"{where}.path", known), f"{where}.path")
-        models.append(ModelEntry(one["name"], place, tuple(one["data"]) if "data" in one else None))
+        models.append(ModelEntry(one["name"], place, tuple(one["data"]) if "data" in one else None, one.get("dtype")))
     data = []
     for k, entry in enumerate(found["data"]):
         where = f"{path}: data[{k}]"

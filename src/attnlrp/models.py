@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["cache_folder", "cached_models", "load", "task_of", "unwrapped"]
+__all__ = ["DTYPES", "cache_folder", "cached_models", "load", "task_of", "unwrapped"]
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""Precisions that a model can be loaded in."""
 
 _CLASSES = {
     "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "ForSeq2SeqLM"),
@@ -233,13 +236,13 @@ def _converted(file: Path, say: Report) -> Path:
 def _dtype(dtype: Any) -> Any:
     import torch
 
-    known = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None:
         return torch.float32
+    known = {name: getattr(torch, name) for name in DTYPES}
     if dtype in known.values():
         return dtype
     if dtype not in known:
-        raise InputError(f"dtype: got {dtype!r}, expected one of {', '.join(known)}")
+        raise InputError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     return known[dtype]
 
 

@@ -99,8 +99,9 @@ class Perturbation:
 
 def expand(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Inputs of one sample, repeated; without a cache, which perturbed inputs do not share."""
-    rows = {
-        k: v.expand(count, *v.shape[1:]) if isinstance(v, Tensor) and v.dim() and v.shape[0] == 1 else v
-        for k, v in inputs.items()
-    }
+
+    def row(name: str, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1 and name != "logits_to_keep"
+
+    rows = {k: v.expand(count, *v.shape[1:]) if row(k, v) else v for k, v in inputs.items()}
     return rows | {"use_cache": False} if "logits_to_keep" in inputs or "decoder_input_ids" in inputs else rows
