@@ -210,7 +210,7 @@ def _measure(
 
 def _quieten() -> None:
     """Torch's profiler, which measures memory, writes what it does to standard error unless told before torch loads."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
