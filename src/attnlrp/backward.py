@@ -17,6 +17,7 @@ __all__ = [
     "RuleFunction",
     "Scale",
     "Softmax",
+    "Split",
     "Substitution",
     "count_live",
     "live",
@@ -122,8 +123,22 @@ class Normalise(RuleFunction):
         return g.reshape(grad.shape).to(grad.dtype), None, None, None, None, None
 
 
+class Split(RuleFunction):
+    """value, whose gradient goes to p and q, multiplied by a and b."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, p: Tensor, q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        return None, (grad * a).to(grad.dtype), (grad * b).to(grad.dtype), None, None
+
+
 class Softmax(RuleFunction):
-    """op(x), whose relevance rule(x, s, R, masked, dim) takes the place of the gradient."""
+    """op(x), whose gradient is rule(x, s, R, masked, dim) with R the relevance of s."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, op: Callable[[Tensor], Tensor], dim: int, rule: Callable[..., Tensor]) -> Tensor:
@@ -137,8 +152,8 @@ class Softmax(RuleFunction):
         x, s = ctx.saved_tensors
         masked = torch.isneginf(x)
         x = wide(x).masked_fill(masked, 0)
-        relevance = ctx.rule(x, wide(s), wide(s * grad), masked, ctx.dim)
-        return (relevance / stabilise(x)).masked_fill(masked, 0).to(grad.dtype), None, None, None
+        gradient = ctx.rule(x, wide(s), wide(s * grad), masked, ctx.dim)
+        return gradient.masked_fill(masked, 0).to(grad.dtype), None, None, None
 
 
 class Substitution(RuleFunction):
@@ -171,12 +186,23 @@ class Substitution(RuleFunction):
 def distributed(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
     mean = (s * x).sum(dim, keepdim=True)
     bias = ((1 - x + mean) * r).sum(dim, keepdim=True) / (~masked).sum(dim, keepdim=True)
-    return x * (r - s * r.sum(dim, keepdim=True)) + bias
+    return (x * (r - s * r.sum(dim, keepdim=True)) + bias) / stabilise(x)
 
 
 def omitted(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
     r = r / stabilise(x - (s * x).sum(dim, keepdim=True))
-    return x * (r - s * r.sum(dim, keepdim=True))
+    return x * (r - s * r.sum(dim, keepdim=True)) / stabilise(x)
+
+
+def positive(x: Tensor, s: Tensor, r: Tensor, masked: Tensor, dim: int) -> Tensor:
+    # (J_ji x_i)+ / s_j is (1 - s_i) x_i for i = j and x_i > 0, and s_i |x_i| for i != j and x_i < 0
+    own, other = torch.where(x > 0, 1 - s, 0), torch.where(x < 0, s, 0)
+    below = -other * x
+    below_sum = below.sum(dim, keepdim=True)
+    total = own * x + below_sum - below
+    some = total > 8 * torch.finfo(x.dtype).eps * below_sum  # what is less is the rounding error of nothing
+    r = torch.where(some, r / torch.where(some, total, 1), 0)
+    return own * r - other * (r.sum(dim, keepdim=True) - r)
 
 
 def scale_gradient(x: Any, factor: float) -> Any:

@@ -22,7 +22,8 @@ from attnlrp.backward import RuleFunction, live
 from attnlrp.engine import OnUnknown, Propagation, module_path, write
 from attnlrp.errors import InputError
 from attnlrp.operations import COMPOSITES, VIEWS, Operation, find
-from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, power, stabilised_identity
+from attnlrp.rules import ATTNLRP, Rules, epsilon, gradient, power, softmax_positive, stabilised_identity
+from attnlrp.signed import alpha_beta, gamma
 
 __all__ = ["ABSORBERS", "Entry", "Ledger", "audit"]
 
@@ -253,6 +254,13 @@ class _Bookkeeping(Propagation):
         rule = layer or self._rule(func, entry.operation)
         if rule is power or isinstance(rule, (epsilon, stabilised_identity)):
             entry.remainder = "stabiliser"
+        if rule is softmax_positive:
+            entry.remainder = "softmax"
+        if isinstance(rule, alpha_beta):
+            entry.remainder = "bias"
+        if isinstance(rule, gamma):
+            with torch.no_grad():
+                return [rule.constant_part(func, *args, **kwargs)]
         if not (rule is gradient or entry.operation in _AFFINE) or entry.remainder or entry.operation in _NO_OFFSET:
             return None
         with torch.no_grad():

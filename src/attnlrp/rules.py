@@ -23,20 +23,19 @@ from torch.nn import functional as F
 from attnlrp.backward import (
     Epsilon,
     Identity,
-    Normalise,
     Softmax,
     Substitution,
     count_live,
-    deviation,
     distributed,
     live,
     omitted,
-    per_channel,
+    positive,
     scale_gradient,
     scaled,
     stabilise,
-    wide,
 )
+from attnlrp.normalisation import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from attnlrp.signed import gamma
 
 __all__ = [
     "ATTNLRP",
@@ -45,12 +44,17 @@ __all__ = [
     "GRADIENT",
     "MAMBA_LRP",
     "PRESETS",
+    "ROLES",
+    "SOFTMAX",
     "SOFTMAX_DISTRIBUTE",
     "SOFTMAX_IDENTITY",
     "SOFTMAX_OMIT",
+    "VIT",
+    "VIT_CP",
     "Layer",
     "Rule",
     "Rules",
+    "composite",
     "constant",
     "constant_denominator",
     "epsilon",
@@ -215,6 +219,14 @@ def softmax_omit(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -
     return _softmax_variant(op, x, args, kwargs, omitted)
 
 
+def softmax_positive(op: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """R_i = sum_j (J_ji x_i)+ R_j / sum_k (J_jk x_k)+, J_ji = s_j (delta_ij - s_i): z+ of prop. 3.1, without its bias.
+
+    The only negative logit of a row has no positive contribution: what arrives at it is absorbed. Else it conserves.
+    """
+    return _softmax_variant(op, x, args, kwargs, positive)
+
+
 def _softmax_variant(
     op: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Callable[..., Tensor]
 ) -> Tensor:
@@ -284,108 +296,6 @@ def _quarters(query: bool, key: bool, value: bool, mask: bool) -> tuple[float, f
     outer = 0.5 if value and (query or key or mask) else 1.0
     inner = 0.5 * outer if query and key else outer
     return inner, inner, outer, outer
-
-
-# --- prop. 3.4: normalisation ---------------------------------------------------------------------------------
-
-
-def layer_norm(
-    op: Callable[..., Any],
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    **_: Any,
-) -> Tensor:
-    """y = (x - mean) / sigma * w + b with sigma a constant: the mean is linear, the bias absorbs."""
-
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        y, _, rstd = torch.native_layer_norm(t, list(normalized_shape), weight, bias, eps)
-        return y, rstd
-
-    dims = tuple(range(-len(normalized_shape), 0))
-    return Normalise.on(x, forward, weight, x.shape, dims, True)
-
-
-def rms_norm(
-    op: Callable[..., Any], x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    """y = x / RMS(x) * w with RMS(x) a constant: relevance is conserved."""
-    dims = tuple(range(-len(normalized_shape), 0))
-
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        mean = wide(t).square().mean(dims, keepdim=True)
-        return op(t, normalized_shape, weight, eps), (mean + (torch.finfo(t.dtype).eps if eps is None else eps)).rsqrt()
-
-    return Normalise.on(x, forward, weight, x.shape, dims, False)
-
-
-def group_norm(
-    op: Callable[..., Any],
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    **_: Any,
-) -> Tensor:
-    """As layer_norm, over groups of channels; x is (batch, channel, ...)."""
-    grouped = (x.shape[0], num_groups, -1)
-
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        return op(t, num_groups, weight, bias, eps), deviation(t.reshape(grouped), (2,), eps)
-
-    return Normalise.on(x, forward, per_channel(weight, x), grouped, (2,), True)
-
-
-def batch_norm(
-    op: Callable[..., Any],
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    **_: Any,
-) -> Tensor:
-    """With running statistics an affine map; with those of the batch, as layer_norm over batch and space."""
-    args = (running_mean, running_var, weight, bias, training, momentum, eps)
-    dims = (0, *range(2, x.dim()))
-
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        if training or running_var is None:
-            return F.batch_norm(t, *args), deviation(t, dims, eps)
-        rstd = (running_var + eps).rsqrt()
-        return F.batch_norm(t, *args), rstd.view(1, -1, *[1] * (t.dim() - 2))
-
-    # not torch's own gradient: for running statistics it is wrong on a CPU if the gradient is in channels-last order
-    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, training or running_var is None)
-
-
-def instance_norm(
-    op: Callable[..., Any],
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """With running statistics an affine map; with its own, as layer_norm over the space of each channel."""
-    args = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    if not use_input_stats:
-        return F.instance_norm(x, *args)
-    dims = tuple(range(2, x.dim()))
-
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        return F.instance_norm(t, *args), deviation(t, dims, eps)
-
-    return Normalise.on(x, forward, per_channel(weight, x), x.shape, dims, True)
 
 
 # --- closed forms of f(x)/x -------------------------------------------------------------------------------------
@@ -482,10 +392,54 @@ SOFTMAX_DISTRIBUTE: Rules = {**ATTNLRP, "softmax": softmax_distribute}
 SOFTMAX_OMIT: Rules = {**ATTNLRP, "softmax": softmax_omit}
 """Appendix A.2.1: the bias of softmax does not absorb. Unstable: kept to reproduce the failure."""
 
+ROLES: dict[str, tuple[str, ...]] = {
+    "mlp": ("*.mlp.*", "*.intermediate.dense", "*.output.dense", "*.pwconv*"),
+    "qkv": (*("*.q_proj", "*.k_proj", "*.v_proj", "*.query", "*.key", "*.value"), "*.qkv", "*.qkv_proj", "*.in_proj*"),
+    "out": ("*.o_proj", "*.out_proj", "*attn.proj", "*attention.proj", "*attention.output.dense"),
+    "head": ("classifier*", "*.classifier", "head*", "heads.*", "*visual_projection", "*text_projection"),
+}
+"""Role of a linear layer in a vision transformer -> its names in transformers, timm and torchvision; the last match
+counts. Convolutions (the patch embedding) are a role of their own."""
+
+SOFTMAX: dict[str, Rule] = {"attnlrp": gradient, "z+": softmax_positive, "cp": constant}
+"""What can be done at the softmax of attention in a vision transformer."""
+
+
+def composite(
+    *,
+    conv: float = 0.0,
+    mlp: float = 0.0,
+    qkv: float = 0.0,
+    out: float = 0.0,
+    head: float = 0.0,
+    attention: str = "attnlrp",
+) -> Rules:
+    """A table for a vision transformer: gamma for convolutions and for the linear layers of each role.
+
+    Args:
+        conv: gamma of convolutions, such as the patch embedding; 0 for the rule of ATTNLRP, here and below.
+        mlp: gamma of the linear layers of an MLP.
+        qkv: gamma of the projections to queries, keys and values.
+        out: gamma of the projection behind attention.
+        head: gamma of the classifier.
+        attention: softmax by "attnlrp" (prop. 3.1), "z+" (its positive part) or "cp" (attention weights constant).
+    """
+    values = {"mlp": mlp, "qkv": qkv, "out": out, "head": head}
+    rules = {role: gamma(value) if value else gradient for role, value in values.items()}
+    linear = {Layer(p, optional=True): rules[role] for role, patterns in ROLES.items() for p in patterns}
+    return {**ATTNLRP, "conv": gamma(conv) if conv else gradient, "softmax": SOFTMAX[attention], **linear}
+
+
+VIT: Rules = composite(conv=0.25, mlp=0.05)
+VIT_CP: Rules = composite(conv=0.25, mlp=0.05, attention="cp")
+"""The paper's best composite for vision transformers (appendix B), and the same with constant attention weights."""
+
 PRESETS: dict[str, Rules] = {
     "attnlrp": ATTNLRP,
     "cp-lrp": CP_LRP,
     "mamba-lrp": MAMBA_LRP,
+    "vit": VIT,
+    "vit-cp": VIT_CP,
     "gradient": GRADIENT,
     "softmax-identity": SOFTMAX_IDENTITY,
     "softmax-distribute": SOFTMAX_DISTRIBUTE,
