@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     )
     from attnlrp.explainer import Explainer
     from attnlrp.explanation import Explanation
+    from attnlrp.gamma import search_gamma
     from attnlrp.ledger import Ledger, audit
-    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP
+    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP
     from attnlrp.targets import OTHERS, Continuation
 
 __version__ = "0.1.0"
@@ -46,8 +47,11 @@ _HOMES = {
     "Propagation": "engine",
     "TargetError": "errors",
     "UnknownOperationError": "errors",
+    "VIT": "rules",
+    "VIT_CP": "rules",
     "audit": "ledger",
     "propagate": "engine",
+    "search_gamma": "gamma",
 }
 
 __all__ = [
@@ -56,6 +60,8 @@ __all__ = [
     "GRADIENT",
     "MAMBA_LRP",
     "OTHERS",
+    "VIT",
+    "VIT_CP",
     "AttnLRPError",
     "Continuation",
     "Explainer",
@@ -72,6 +78,7 @@ __all__ = [
     "audit",
     "evaluate",
     "propagate",
+    "search_gamma",
 ]
 
 
