@@ -1,14 +1,17 @@
-"""Evaluation of explanations, whoever made them: faithfulness by perturbation, question answering, cost.
+"""Evaluation of explanations, whoever made them: faithfulness, question answering, localisation, cost.
 
 Nothing here knows how relevance is made: a method is any `method(model, inputs, target) -> relevance`.
 """
 
 from attnlrp.evaluation.answers import pointing
 from attnlrp.evaluation.data import draw, read
-from attnlrp.evaluation.experiment import Report, faithfulness, question_answering
+from attnlrp.evaluation.experiment import Report, faithfulness, localise, question_answering
 from attnlrp.evaluation.flipping import Curves, curves
+from attnlrp.evaluation.image_data import Packed, read_image_records
+from attnlrp.evaluation.localisation import locating
 from attnlrp.evaluation.perturbation import Perturbation
-from attnlrp.evaluation.samples import Output, Sample, classified, extractive, next_token, question
+from attnlrp.evaluation.pixels import PixelPerturbation
+from attnlrp.evaluation.samples import Output, Sample, classified, extractive, image_classified, next_token, question
 from attnlrp.evaluation.statistics import Difference, Mean, compare, mean
 
 __all__ = [
@@ -16,7 +19,9 @@ __all__ = [
     "Difference",
     "Mean",
     "Output",
+    "Packed",
     "Perturbation",
+    "PixelPerturbation",
     "Report",
     "Sample",
     "classified",
@@ -25,10 +30,14 @@ __all__ = [
     "draw",
     "extractive",
     "faithfulness",
+    "image_classified",
+    "localise",
+    "locating",
     "mean",
     "next_token",
     "pointing",
     "question",
     "question_answering",
     "read",
+    "read_image_records",
 ]

@@ -14,11 +14,13 @@ from attnlrp.evaluation.answers import pointing
 from attnlrp.evaluation.cost import Method, measured
 from attnlrp.evaluation.flipping import Special, curves
 from attnlrp.evaluation.journal import Journal
+from attnlrp.evaluation.localisation import locating
 from attnlrp.evaluation.perturbation import Perturbation
+from attnlrp.evaluation.pixels import PixelPerturbation
 from attnlrp.evaluation.samples import Sample
 from attnlrp.evaluation.statistics import Difference, Mean, compare, mean
 
-__all__ = ["Progress", "Report", "faithfulness", "question_answering"]
+__all__ = ["Progress", "Report", "faithfulness", "localise", "question_answering"]
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, of how many, and what was last."""
@@ -83,7 +85,7 @@ class Report:
 def faithfulness(
     samples: Iterable[Sample],
     methods: Mapping[str, Method],
-    perturbation: Perturbation,
+    perturbation: Perturbation | PixelPerturbation,
     *,
     steps: int | None = None,
     special: Special = "rank",
@@ -97,11 +99,11 @@ def faithfulness(
     Args:
         samples: what is explained.
         methods: name -> method(model, inputs, target) -> relevance.
-        perturbation: the model, and how tokens are taken away.
-        steps: points of a curve besides its start; None for one per token.
+        perturbation: the model, and how tokens, or squares of an image, are taken away.
+        steps: points of a curve besides its start; None for one per token or square.
         special: "rank" treats special tokens as any other, "keep" never takes them away, "first" takes them first in
             MoRF and last in LeRF.
-        seed: of the order of equally relevant tokens.
+        seed: of the order of equally relevant tokens or squares.
         settings: what else the results depend on, to be kept with them.
         journal: file of per-sample results, which a later run continues.
         progress: called after each result.
@@ -109,7 +111,7 @@ def faithfulness(
     Returns:
         A report with area, comprehensiveness, sufficiency, deletion and insertion, of logit and probability.
     """
-    known = {"metric": "faithfulness", "baseline": perturbation.baseline, "steps": steps, "special": special}
+    known = {"metric": "faithfulness", **perturbation.settings, "steps": steps, "special": special}
 
     def measure(sample: Sample, relevance: torch.Tensor) -> dict[str, Any]:
         found = curves(perturbation, sample, relevance, steps=steps, special=special, seed=seed)
@@ -132,6 +134,33 @@ def question_answering(
     book = Journal(None if journal is None else Path(journal), {"metric": "question answering", **(settings or {})})
     found = [s for s in samples if s.answer is not None and bool(s.answer.any())]
     return _run(found, methods, model, lambda s, r: {"metrics": pointing(s, r)}, book, progress)
+
+
+def localise(
+    samples: Iterable[Sample],
+    methods: Mapping[str, Method],
+    model: Any,
+    *,
+    k: int = 1000,
+    settings: Mapping[str, Any] | None = None,
+    journal: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Positive mass, pointing game, IoU and top-k intersection with the object of an image. See `locating`.
+
+    Args:
+        samples: images; those without an object in what the model reads are left out.
+        methods: name -> method(model, inputs, target) -> relevance (height, width).
+        model: what is explained.
+        k: pixels for the top-k intersection.
+        settings: what else the results depend on, to be kept with them.
+        journal: file of per-sample results, which a later run continues.
+        progress: called after each result.
+    """
+    known = {"metric": "localisation", "k": k, **(settings or {})}
+    found = [s for s in samples if s.mask is not None and bool(s.mask.any())]
+    book = Journal(None if journal is None else Path(journal), known)
+    return _run(found, methods, model, lambda s, r: {"metrics": locating(s, r, k=k)}, book, progress)
 
 
 def _run(

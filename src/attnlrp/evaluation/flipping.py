@@ -1,14 +1,15 @@
 """Faithfulness by perturbation: does the output change most when the most relevant tokens go?
 
 Tokens are taken away in the order of their signed relevance, the most relevant first (MoRF) and the least relevant
-first (LeRF). A faithful explanation makes the output fall fast in the first order and slowly in the second: the area
-between the two curves is large (Samek et al., 2017; Achtibat et al., 2024).
+first (LeRF); squares of an image in that of the sum over their pixels. A faithful explanation makes the output fall
+fast in the first order and slowly in the second: the area between the two curves is large (Samek et al., 2017;
+Achtibat et al., 2024).
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from attnlrp.errors import InputError
 from attnlrp.evaluation.perturbation import Perturbation
+from attnlrp.evaluation.pixels import PixelPerturbation
 from attnlrp.evaluation.samples import Sample
 
 __all__ = ["SPECIAL", "Curves", "Special", "curves", "order"]
+
+_MOST_SQUARES = 4096  # of an image that are taken away one by one; more of them need a number of steps
 
 Special: TypeAlias = Literal["rank", "keep", "first"]
 SPECIAL: tuple[Special, ...] = ("rank", "keep", "first")
@@ -92,7 +96,7 @@ def order(relevance: Tensor, sample: Sample, *, special: Special = "rank", seed:
 
 
 def curves(
-    perturbation: Perturbation,
+    perturbation: Perturbation | PixelPerturbation,
     sample: Sample,
     relevance: Tensor,
     *,
@@ -100,18 +104,24 @@ def curves(
     special: Special = "rank",
     seed: int = 0,
 ) -> Curves:
-    """Take tokens away in both orders.
+    """Take tokens, or squares of an image, away in both orders.
 
     Args:
-        perturbation: how tokens are taken away.
+        perturbation: how they are taken away.
         sample: the input.
-        relevance: signed relevance (token,), whoever made it.
-        steps: points of a curve besides its start; None for one per token.
+        relevance: signed relevance (token,) or (height, width), whoever made it.
+        steps: points of a curve besides its start; None for one per token or square.
         special: what happens to special tokens.
-        seed: of the order of equally relevant tokens.
+        seed: of the order of equally relevant tokens or squares.
     """
-    ranked = order(relevance.detach().float().cpu(), sample, special=special, seed=seed)
+    if relevance.shape != sample.special.shape:
+        raise InputError(f"relevance: got shape {tuple(relevance.shape)}, expected {tuple(sample.special.shape)}")
+    marks = perturbation.pool(sample.special.float()) > 0
+    image, relevance = relevance.dim() == 2, perturbation.pool(relevance.detach().float().cpu())
+    ranked = order(relevance, replace(sample, special=marks), special=special, seed=seed)
     total = len(ranked)
+    if image and steps is None and total > _MOST_SQUARES:
+        raise InputError(f"steps: got None for {total} squares of an image, expected a number of steps, such as 100")
     if not total:
         raise InputError(f"sample {sample.name} has no token that may be taken away")
     count = total if steps is None else min(steps, total)

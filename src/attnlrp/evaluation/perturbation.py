@@ -37,6 +37,15 @@ class Perturbation:
     baseline: str = "zero"
     batch_size: int = 32
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on."""
+        return {"baseline": self.baseline}
+
+    def pool(self, values: Tensor) -> Tensor:
+        """Values of what is taken away at once: those of the tokens, as they are."""
+        return values
+
     def scores(self, sample: Sample, kept: Tensor) -> Tensor:
         """Logit and probability of the explained output for each variant (variant, 2), on the CPU in float32.
 

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnlrp.errors import InputError, ModelError
+from attnlrp.evaluation.image_data import Packed
+from attnlrp.images import read_images
 
-__all__ = ["Output", "Sample", "answers_match", "classified", "extractive", "next_token", "question", "span_tokens"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "Output",
+    "Sample",
+    "answers_match",
+    "classified",
+    "extractive",
+    "image_classified",
+    "next_token",
+    "question",
+    "span_tokens",
+]
 
 PROMPT = "Context: {context}\nQuestion: {question}\nAnswer:"
 """How a decoder is asked; an encoder-decoder gets the same without its last line."""
@@ -54,12 +71,14 @@ class Sample:
 
     Args:
         name: says which sample of its data set it is.
-        inputs: keyword inputs of the model, batch of one; `input_ids` (1, token).
+        inputs: keyword inputs of the model, batch of one; `input_ids` (1, token), or `pixel_values` (1, channel,
+            height, width).
         output: what is explained.
-        special: special tokens of the tokenizer (token,).
+        special: special tokens of the tokenizer (token,); of an image, no pixel is special (height, width).
         answer: tokens of the answer (token,), for question answering.
         correct: whether the model's answer or class is right; None where that is not known.
         details: what else is known, such as what the model said.
+        mask: pixels of the object in an image, as the model reads it (height, width).
     """
 
     name: str
@@ -69,6 +88,7 @@ class Sample:
     answer: Tensor | None = None
     correct: bool | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    mask: Tensor | None = None
 
 
 def next_token(model: Any, tokenizer: Any, record: Mapping[str, Any], *, name: str, length: int = 512) -> Sample:
@@ -89,6 +109,44 @@ def classified(model: Any, tokenizer: Any, record: Mapping[str, Any], *, name: s
     output = Output(index, last=False)
     return Sample(
         name, inputs, output, _special(tokenizer, encoded.input_ids), correct=correct, details={"class": index}
+    )
+
+
+def image_classified(model: Any, processor: Any, record: Mapping[str, Any], *, name: str) -> Sample:
+    """The predicted class of an image.
+
+    The object is marked where the model reads it: the box or mask goes through the resizing and cropping of the
+    processor. `correct` is None if the label is not one of the model's.
+
+    Args:
+        model: an image classifier.
+        processor: its image processor.
+        record: image (file, `Packed`, or PIL image); optional label (name or index of a class); optional box (x0, y0,
+            x1, y1) in pixels of the image, upright, whose corner pixels belong to it; or mask (file, `Packed`, or PIL
+            image of the same size, not 0 on the object).
+        name: of the sample.
+
+    Raises:
+        InputError: no image, or a box or mask that does not fit it.
+    """
+    (picture,) = read_images(_opened(record["image"]))
+    process = getattr(processor, "image_processor", processor)
+    pixels = process(images=picture, return_tensors="pt")["pixel_values"]
+    if pixels.dim() != 4 or len(pixels) != 1:
+        raise ModelError(f"{type(process).__name__} gives pixels {tuple(pixels.shape)}, expected one image for a model")
+    inputs = {"pixel_values": pixels.to(model.device, model.dtype)}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    index = int(logits[0].argmax())
+    mask = _object(process, picture, record, name)
+    return Sample(
+        name,
+        inputs,
+        Output(index, last=False),
+        torch.zeros(pixels.shape[-2:], dtype=torch.bool),
+        correct=_same_class(model.config, index, record.get("label")),
+        details={"class": index, "label": record.get("label")},
+        mask=mask,
     )
 
 
@@ -200,6 +258,79 @@ def _first_word(tokenizer: Any, ids: list[int]) -> tuple[int, int]:
     special = set(tokenizer.all_special_ids)
     at = next((k for k, token in enumerate(ids) if token not in special), 0)
     return ids[at], at
+
+
+def _opened(image: Any) -> Any:
+    """An image that is inside of a zip file, opened; anything else as it is."""
+    if not isinstance(image, Packed):
+        return image
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(image.read()))
+    except (UnidentifiedImageError, OSError, KeyError, SyntaxError) as error:
+        raise InputError(f"image: cannot read {image}: {error}") from error
+
+
+def _object(process: Any, picture: Image, record: Mapping[str, Any], name: str) -> Tensor | None:
+    """Pixels of the object where the processor puts them (height, width)."""
+    from PIL import Image
+
+    if record.get("mask") is not None:
+        marked = _mask(record["mask"], picture, name)
+    elif record.get("box") is not None:
+        marked = _box(record["box"], picture, name)
+    else:
+        return None
+    drawn = Image.fromarray(255 * marked.byte().numpy()).convert("RGB")
+    # nearest: the object has no grey edges; 255 and 0 stay as they are
+    options = {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
+    found = process(images=drawn, return_tensors="pt", **options)["pixel_values"]
+    inside: Tensor = found[0].float().mean(dim=0) > 127
+    return inside
+
+
+def _mask(mask: Any, picture: Image, name: str) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    opened = _opened(mask)
+    try:
+        if isinstance(opened, Image.Image):
+            found = opened
+        else:
+            with Image.open(opened) as file:
+                found = file.copy()
+        values = np.asarray(
+            found.convert("L") if found.mode in ("LA", "RGB", "RGBA") else found
+        )  # indices of a palette
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(f"sample {name}: cannot read the mask {mask}: {error}") from error
+    if found.size != picture.size:
+        raise InputError(f"sample {name}: its mask has {found.size} pixels, expected {picture.size} as its image")
+    return torch.from_numpy(values > 0)
+
+
+def _box(box: Any, picture: Image, name: str) -> Tensor:
+    wide, high = picture.size
+    try:
+        x0, y0, x1, y1 = (round(float(corner)) for corner in box)
+        fits = x0 <= x1 and y0 <= y1 and x1 >= 0 and y1 >= 0 and x0 < wide and y0 < high
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise InputError(f"sample {name}: got the box {box}, expected x0 <= x1 and y0 <= y1 inside of {wide} x {high}")
+    marked = torch.zeros(high, wide, dtype=torch.bool)
+    marked[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
+    return marked
+
+
+def _same_class(config: Any, index: int, label: str | int | None) -> bool | None:
+    """Whether a class has this label: its index, its name, or one of the names that commas separate."""
+    if label is None or isinstance(label, int):
+        return None if label is None else index == label
+    names = {int(k): [name.strip() for name in [v, *v.split(",")]] for k, v in config.id2label.items()}
+    known = {k for k, found in names.items() if label.casefold() in [name.casefold() for name in found]}
+    return index in known if known else None
 
 
 def _tensors(model: Any, input_ids: Sequence[int], **more: Sequence[int]) -> dict[str, Any]:
