@@ -154,13 +154,24 @@ def search_gamma(
                 progress(len(tried), total, str(gammas))
         return scores[key].mean
 
-    first = [g for g in _coarse() if not over() and area(g, few) is not None]
+    first: list[Gammas] = []
+    for gammas in _coarse():
+        if first and over():
+            break
+        area(gammas, few)
+        first.append(gammas)
     ranked = sorted(first, key=lambda g: -area(g, few))
     images = list(samples)
-    finalists = [g for g in ranked[:KEPT] if not over() and area(g, images) is not None]
-    if not finalists:  # the budget ended in the first stage
-        images, finalists = few, ranked[:1]
-    best = max(finalists, key=lambda g: area(g, images))
+    if over():
+        images = few
+    else:
+        ranked = ranked[:KEPT]
+    best = ranked[0]
+    area(best, images)
+    for gammas in ranked[1:]:
+        if over():
+            break
+        best = max(best, gammas, key=lambda g: area(g, images))
     for role, values in FINER.items():
         for value in values:
             if over():
