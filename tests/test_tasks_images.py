@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import attnlrp
 from attnlrp import Explainer, Explanation, InputError, ModelError
+from attnlrp.images import read_images
 from nearness import close
 from tiny_tokenizers import CONTEXT, build_tokenizer
 
@@ -196,3 +199,17 @@ def test_what_cannot_be_read(tmp_path: Path, photo: Path) -> None:
         explain(ours, f"{MARK} {MARK} the", image=photo)
     with pytest.raises(ModelError, match=r"^image: expected a vision-language model .* and its processor"):
         explain(Explainer(ours.model, ours.tokenizer), image=photo)
+
+
+def test_an_animation_is_read_and_closed(tmp_path: Path) -> None:
+    frames = [Image.new("P", (4, 4), colour) for colour in (1, 2, 3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        (picture,) = read_images(tmp_path / "moving.gif")
+        gc.collect()
+    assert picture.mode == "RGB"
+    assert picture.size == (4, 4)
+    (again,) = read_images(picture)
+    again.load()  # an image that is given stays open
+    picture.load()

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,51 +135,63 @@ def search_gamma(
     """
     if not samples:
         raise InputError("search_gamma: got no images, expected at least one")
-    start = time.perf_counter()
-    tried: list[dict[str, Any]] = []
-    scores: dict[tuple[Gammas, int], Mean] = {}
-    few, total = list(samples[:coarse]), _count()
-
-    def over() -> bool:
-        return seconds is not None and time.perf_counter() - start > seconds
-
-    def area(gammas: Gammas, images: Sequence[Sample]) -> float:
-        key = (gammas, len(images))
-        if key not in scores:
-            report = faithfulness(
-                images, {str(gammas): Propagated(gammas.rules)}, perturbation, steps=steps, seed=seed, journal=journal
-            )
-            scores[key] = report.mean(str(gammas), "area")
-            tried.append({"gammas": asdict(gammas), "images": len(images), **scores[key].to_dict()})
-            if progress is not None:
-                progress(len(tried), total, str(gammas))
-        return scores[key].mean
-
+    run = _Run(perturbation, seconds, steps, seed, journal, progress)
+    images, few = list(samples), list(samples[:coarse])
     first: list[Gammas] = []
     for gammas in _coarse():
-        if first and over():
+        if first and run.over():
             break
-        area(gammas, few)
+        run.area(gammas, few)
         first.append(gammas)
-    ranked = sorted(first, key=lambda g: -area(g, few))
-    images = list(samples)
-    if over():
+    ranked = sorted(first, key=lambda g: -run.area(g, few))
+    if run.over():
         images = few
-    else:
-        ranked = ranked[:KEPT]
     best = ranked[0]
-    area(best, images)
-    for gammas in ranked[1:]:
-        if over():
+    run.area(best, images)
+    for gammas in ranked[1:KEPT]:
+        if run.over():
             break
-        best = max(best, gammas, key=lambda g: area(g, images))
-    for role, values in FINER.items():
-        for value in values:
-            if over():
-                break
-            best = max(best, _with(best, role, value), key=lambda g: area(g, images))
-    took = time.perf_counter() - start
-    return Search(best, scores[best, len(images)], tuple(tried), len(images), took, not over())
+        best = max(best, gammas, key=lambda g: run.area(g, images))
+    for role, value in ((role, value) for role, values in FINER.items() for value in values):
+        if run.over():
+            break
+        best = max(best, _with(best, role, value), key=lambda g: run.area(g, images))
+    return Search(best, run.scores[best, len(images)], tuple(run.tried), len(images), run.seconds, not run.over())
+
+
+class _Run:
+    """What a search has measured, and how long it took."""
+
+    def __init__(
+        self,
+        perturbation: Any,
+        budget: float | None,
+        steps: int | None,
+        seed: int,
+        journal: str | Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.budget, self.progress = budget, progress
+        self.measure = partial(faithfulness, perturbation=perturbation, steps=steps, seed=seed, journal=journal)
+        self.start = time.perf_counter()
+        self.tried: list[dict[str, Any]] = []
+        self.scores: dict[tuple[Gammas, int], Mean] = {}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def over(self) -> bool:
+        return self.budget is not None and self.seconds > self.budget
+
+    def area(self, gammas: Gammas, images: Sequence[Sample]) -> float:
+        key, name = (gammas, len(images)), str(gammas)
+        if key not in self.scores:
+            self.scores[key] = self.measure(images, {name: Propagated(gammas.rules)}).mean(name, "area")
+            self.tried.append({"gammas": asdict(gammas), "images": len(images), **self.scores[key].to_dict()})
+            if self.progress is not None:
+                self.progress(len(self.tried), _count(), name)
+        return self.scores[key].mean
 
 
 def _with(gammas: Gammas, role: str, value: float) -> Gammas:

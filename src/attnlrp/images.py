@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,8 +39,8 @@ def read_images(image: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
         if not isinstance(item, (str, Path, Image.Image)):
             raise InputError(f"image: got {type(item).__name__}, expected a file name or a PIL image")
         try:
-            opened = item if isinstance(item, Image.Image) else Image.open(item)
-            found.append(ImageOps.exif_transpose(opened).convert("RGB"))
+            with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
+                found.append(ImageOps.exif_transpose(opened).convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise InputError(f"image: cannot read {item}: {error}") from error
     return tuple(found)
