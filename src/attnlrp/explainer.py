@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, overload
@@ -16,8 +16,9 @@ from typing_extensions import Unpack
 
 from attnlrp import __version__, checkpoint, models
 from attnlrp.columns import Columns, arrange, widen
+from attnlrp.contexts import explaining
 from attnlrp.engine import propagate
-from attnlrp.errors import InputError, ModelError, NumericalError, OutOfMemoryError
+from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
 from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.ledger import Ledger, audit
@@ -81,6 +82,10 @@ class Explainer:
         if memory not in ("full", "checkpoint"):
             raise InputError(f"memory: got {memory!r}, expected 'full' or 'checkpoint'")
         self.task = models.task_of(model)
+        if self.task in models.IMAGE_TASKS:
+            raise ModelError(
+                f"{type(model).__name__} is a model for {self.task}: use attnlrp.ImageExplainer (attnlrp image)"
+            )
         self.model, self.tokenizer, self.rules, self.memory = model, tokenizer, rules, memory
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
@@ -165,7 +170,7 @@ class Explainer:
             Question(t, targets, position, generate, c, prefix, pictures, chat)
             for t, c in zip(texts, contexts, strict=True)
         ]
-        with _memory(), _gradients():
+        with explaining():
             requests = [self._task.request(q) for q in questions]
             batches = [requests] if self._can_share(requests) else [[r] for r in requests]
             explanations = [e for batch in batches for e in self._explain(batch, form)]
@@ -191,7 +196,7 @@ class Explainer:
         form, chat = _Form(None, "logit", 1.0), chat or _is_conversation(text)
         self._check([text], [target], form, {"context": context, "prefix": prefix, "image": image, "chat": chat})
         question = Question(text, [target], context=context, prefix=prefix, images=read_images(image), chat=chat)
-        with _memory(), _gradients():
+        with explaining():
             request = self._task.request(question)
             inputs, kept = self._inputs([request])
             return audit(self.model, inputs, target=explained, rules=self.rules)
@@ -429,30 +434,3 @@ def _total(slots: list[Slot], scalars: list[Scalar], outputs: _Outputs) -> Tenso
 
 def _is_conversation(text: Any) -> bool:
     return isinstance(text, (list, tuple)) and len(text) > 0 and all(isinstance(turn, dict) for turn in text)
-
-
-@contextmanager
-def _gradients() -> Iterator[None]:
-    """Whatever the caller has turned off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _memory() -> Iterator[None]:
-    """Say what to change if the explanation does not fit into memory."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason: Exception = error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        reason = error
-    else:
-        return
-    said = str(reason).splitlines() or [type(reason).__name__]
-    raise OutOfMemoryError(
-        "out of memory: explain fewer texts at a time, use memory='checkpoint' (--memory checkpoint), bfloat16 "
-        "(--dtype bfloat16), a shorter text, or a device with more memory (--device); the system said: " + said[0]
-    ) from reason

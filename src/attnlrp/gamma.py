@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,12 +14,17 @@ from typing import Any
 
 from attnlrp.errors import InputError
 from attnlrp.evaluation.experiment import Progress, faithfulness
-from attnlrp.evaluation.samples import Sample
+from attnlrp.evaluation.image_data import Packed
+from attnlrp.evaluation.pixels import PixelPerturbation
+from attnlrp.evaluation.samples import Sample, image_classified
 from attnlrp.evaluation.statistics import Mean
+from attnlrp.image_explainer import patch_of
+from attnlrp.images import Picture
 from attnlrp.methods import Propagated
+from attnlrp.models import task_of
 from attnlrp.rules import SOFTMAX, Rules, composite
 
-__all__ = ["Gammas", "Search", "search_gamma"]
+__all__ = ["Gammas", "Search", "search_gamma", "search_images"]
 
 CONV = (0.0, 0.25, 1.0)
 MLP = (0.0, 0.05, 0.25, 1.0)
@@ -31,6 +37,7 @@ FINER: dict[str, tuple[float, ...]] = {
     "head": (0.0, 0.25),
 }
 """Fine stage: one role after the other, from the best of the coarse stage."""
+SQUARE = 14  # pixels, least edge of the squares that are taken away
 KEPT = 4  # of the coarse stage that are measured again on all images
 
 
@@ -79,6 +86,13 @@ class Search:
     def rules(self) -> Rules:
         """The table of the best gammas."""
         return self.best.rules
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        area = f"area {self.area.mean:.3f} ± {self.area.standard_error:.3f} on {self.images} images"
+        end = "" if self.complete else ", the budget ended before the search"
+        return f"gammas: {self.best}; {area}; {len(self.tried)} tried in {self.seconds:.0f} s{end}"
 
     def save(self, path: str | Path) -> None:
         """Write JSON, which `Search.load` and `attnlrp image --gamma FILE` read."""
@@ -157,6 +171,34 @@ def search_gamma(
             break
         best = max(best, _with(best, role, value), key=lambda g: run.area(g, images))
     return Search(best, run.scores[best, len(images)], tuple(run.tried), len(images), run.seconds, not run.over())
+
+
+def search_images(
+    model: Any,
+    processor: Any,
+    images: Sequence[Picture | Packed],
+    *,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Search:
+    """`search_gamma` on image files: squares of at least 14 pixels, whole patches, give way to zero.
+
+    Args:
+        model: an image classifier.
+        processor: its image processor.
+        images: file names, PIL images, or files inside of a zip file.
+        seconds: budget; None for no limit.
+        progress: called after each gammas with what is done, of at most how many, and the last.
+
+    Raises:
+        InputError: no images, or a model for something else than classification.
+    """
+    if task_of(model) != "image-classification":
+        raise InputError(f"gamma: got a model for {task_of(model)}, expected one for image-classification; give a file")
+    patch = patch_of(model)
+    perturbation = PixelPerturbation(model, patch=patch * math.ceil(SQUARE / patch))
+    samples = [image_classified(model, processor, {"image": x}, name=f"{k} {x}") for k, x in enumerate(images)]
+    return search_gamma(samples, perturbation, seconds=seconds, progress=progress)
 
 
 class _Run:

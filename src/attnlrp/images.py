@@ -1,4 +1,4 @@
-"""Images beside a text: reading them, and finding where a vision-language model reads their patches."""
+"""Images: reading them, and finding where a vision-language model reads their patches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,34 +17,58 @@ from attnlrp.errors import InputError, ModelError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MergedInputs", "Picture", "read_images"]
+__all__ = ["MergedInputs", "Picture", "read_image", "read_images"]
 
 Picture: TypeAlias = "str | Path | Image"
 
+_ORIENTATION = 0x0112  # EXIF tag
 _DEEP = "deepstack_visual_embeds"  # image features that some models add in deeper layers too
 _NEUTRAL = ("mask", "position", "per_layer", "past", "cache")  # parts of names of what is not an image
 
 
 def read_images(image: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
-    """Images in RGB, from files or as they are.
-
-    Raises:
-        InputError: a file is missing or holds no image.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    """Images in RGB, from files or as they are. See `read_image`."""
     if image is None:
         return ()
-    found = []
-    for item in image if isinstance(image, (list, tuple)) else [image]:
-        if not isinstance(item, (str, Path, Image.Image)):
-            raise InputError(f"image: got {type(item).__name__}, expected a file name or a PIL image")
-        try:
-            with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
-                found.append(ImageOps.exif_transpose(opened).convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise InputError(f"image: cannot read {item}: {error}") from error
-    return tuple(found)
+    items: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+    return tuple(read_image(item)[0] for item in items)
+
+
+def read_image(item: Picture) -> tuple[Image, tuple[str, ...]]:
+    """An image in RGB, upright, and what was done to make it so.
+
+    Of an animation the first frame is read, transparent pixels lie on white, 16 bits for each channel become 8.
+
+    Raises:
+        InputError: the file is missing, truncated or holds no image; Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise InputError('images need Pillow, which is not installed: pip install "attnlrp[vision]"') from error
+    if not isinstance(item, (str, Path, Image.Image)):
+        raise InputError(f"image: got {type(item).__name__}, expected a file name or a PIL image")
+    try:
+        with nullcontext(item) if isinstance(item, Image.Image) else Image.open(item) as opened:
+            frames = getattr(opened, "n_frames", 1) if getattr(opened, "is_animated", False) else 1
+            notes = [f"first of {frames} frames"] if frames > 1 else []
+            notes += ["turned upright as its EXIF data says"] if opened.getexif().get(_ORIENTATION, 1) != 1 else []
+            if frames > 1:
+                opened.seek(0)
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode == "F":
+                raise InputError(f"image: {item} has 32-bit floats for pixels; expected 8 or 16 bits for each channel")
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 257).astype(np.uint8))
+                notes.append("16 bits for each pixel reduced to 8")
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                if upright.getchannel("A").getextrema()[0] != 255:
+                    notes.append("transparent pixels on white")
+                    upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB"), tuple(notes)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image: cannot read {item}: {error}") from error
 
 
 class MergedInputs:

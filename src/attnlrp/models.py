@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: by hub name, from a folder, from a GGUF file, or the packaged one."""
+"""Loading a model and what reads its inputs: by hub name, from a folder, from a GGUF file, or the packaged one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["DTYPES", "cache_folder", "cached_models", "load", "task_of", "unwrapped"]
+__all__ = ["DTYPES", "IMAGE_TASKS", "cache_folder", "cached_models", "load", "task_of", "unwrapped"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 """Precisions that a model can be loaded in."""
@@ -33,12 +33,18 @@ _CLASSES = {
     "sequence-classification": ("SEQUENCE_CLASSIFICATION", "ForSequenceClassification"),
     "token-classification": ("TOKEN_CLASSIFICATION", "ForTokenClassification"),
     "question-answering": ("QUESTION_ANSWERING", "ForQuestionAnswering"),
+    "image-classification": ("IMAGE_CLASSIFICATION", "ForImageClassification"),
+    "semantic-segmentation": ("SEMANTIC_SEGMENTATION", "ForSemanticSegmentation"),
+    "zero-shot-image-classification": ("ZERO_SHOT_IMAGE_CLASSIFICATION", "ForZeroShotImageClassification"),
 }
 """Task -> mapping of `transformers` that lists its classes, and ending of the name of others; the first decides."""
 
+IMAGE_TASKS = ("image-classification", "semantic-segmentation", "zero-shot-image-classification")
+"""Tasks whose models read an image and no text, or texts as names of classes."""
+
 _EXPECTED = (
-    "a folder with config.json, model.safetensors and tokenizer files, a .gguf file, or the name of a model on a hub "
-    "that can be reached"
+    "a folder with config.json, model.safetensors and the files of its tokenizer or image processor, a .gguf file, or "
+    "the name of a model on a hub that can be reached"
 )
 _CHECKED = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is reported, not logged
 
@@ -63,7 +69,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     report: Report | None = None,
 ) -> tuple[Any, Any, str]:
-    """Load a model for evaluation, and its tokenizer.
+    """Load a model for evaluation, and its tokenizer, or what reads its images.
 
     Args:
         name: hub name, folder, or GGUF file; None for the packaged model.
@@ -72,7 +78,7 @@ def load(
         report: called with one line about each step that takes long.
 
     Returns:
-        model, tokenizer, name to show.
+        model, tokenizer (image processor or processor for a model of `IMAGE_TASKS`), name to show.
 
     Raises:
         ModelError: nothing there, files missing, or no task that can be explained.
@@ -140,6 +146,8 @@ def _from_folder(path: str, dtype: Any, say: Report) -> tuple[Any, Any]:
         with _quiet(transformers):
             model, report = kind.from_pretrained(path, dtype=dtype, **_CHECKED)
             _require_weights(path, report)
+            if task in IMAGE_TASKS:
+                return model, _image_reader(path, task)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             processor = _processor(path, say) if task == "image-text-to-text" else None
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
@@ -147,6 +155,15 @@ def _from_folder(path: str, dtype: Any, say: Report) -> tuple[Any, Any]:
                 f"{path}: its tokenizer files are missing; expected tokenizer.json, or what it needs instead"
             )
         return model, processor or tokenizer
+
+
+def _image_reader(path: str, task: str) -> Any:
+    """What turns images, and texts that are the names of classes, into inputs."""
+    import transformers
+
+    zero_shot = task == "zero-shot-image-classification"
+    kind: Any = transformers.AutoProcessor if zero_shot else transformers.AutoImageProcessor
+    return kind.from_pretrained(path)
 
 
 def _processor(path: str, say: Report) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
@@ -16,6 +17,9 @@ __all__ = ["OTHERS", "Continuation", "Output", "Scalar", "Target", "class_index"
 
 OTHERS: Final = "<others>"
 """`against=OTHERS`: compare with the mean of all other outputs (+1 on the target, -1/N on each of N others)."""
+
+
+_LISTED = 20  # classes, above which an error names those with a similar name
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,10 @@ def _whole_token(text: str, tokenizer: Any) -> list[int]:
 
 
 def class_index(target: str | int, labels: Sequence[str], *, option: str = "target") -> int:
-    """Index of a class, from its name or index.
+    """Index of a class, from its index or its name; of a name such as "goldfish, Carassius auratus", a part will do.
 
     Raises:
-        TargetError: no such class.
+        TargetError: no such class, or several.
     """
     if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(labels):
         return target
@@ -116,6 +120,13 @@ def class_index(target: str | int, labels: Sequence[str], *, option: str = "targ
         return labels.index(target)
     if isinstance(target, str) and target.isdecimal() and int(target) < len(labels):
         return int(target)
-    raise TargetError(
-        f"{option}: got {target!r}, expected one of the classes {list(labels)} or an index below {len(labels)}"
-    )
+    wanted = str(target).strip().casefold()
+    found = [i for i, label in enumerate(labels) if wanted in [part.strip() for part in label.casefold().split(",")]]
+    if len(found) == 1 and isinstance(target, str):
+        return found[0]
+    if found:
+        several = ", ".join(f"#{i} {labels[i]!r}" for i in found)
+        raise TargetError(f"{option}: {target!r} is the name of several classes, {several}; give an index")
+    near = difflib.get_close_matches(wanted, labels, n=5) if len(labels) > _LISTED else []
+    known = f"{near or labels[:_LISTED]} and others" if len(labels) > _LISTED else list(labels)
+    raise TargetError(f"{option}: got {target!r}, expected one of the classes {known} or an index below {len(labels)}")

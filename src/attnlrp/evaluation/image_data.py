@@ -12,7 +12,7 @@ from typing import Any
 
 from attnlrp.errors import InputError
 
-__all__ = ["IMAGES", "Packed", "read_image_records"]
+__all__ = ["IMAGES", "Packed", "files_of", "read_image_records"]
 
 Record = dict[str, Any]
 """name, image (file), optional label, box (x0, y0, x1, y1), mask (file)."""
@@ -112,6 +112,23 @@ def _from_table(place: Path, table: str, images: Path | None, split: str | None)
         raise InputError(f"{where}: holds no row; expected {_EXPECTED}")
     files = _Files(place, images)
     return [_record(row, f"{where}:{number}", files) for number, row in rows]
+
+
+def files_of(source: str | Path) -> list[Path | Packed]:
+    """Images without labels: one file, or every image of a folder or zip file, by name.
+
+    Raises:
+        InputError: not there, or no image in it.
+    """
+    place = Path(source)
+    if place.is_file() and not zipfile.is_zipfile(place):
+        return [place]
+    if not place.exists():
+        raise InputError(f"{source}: no such file or folder; expected an image, or a folder or .zip file of images")
+    found = [_file(place, name) for name in _names(place) if name.lower().endswith(IMAGES)]
+    if not found:
+        raise InputError(f"{source}: no image in it; expected files that end in {', '.join(IMAGES)}")
+    return found
 
 
 class _Files:

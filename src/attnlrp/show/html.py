@@ -21,7 +21,7 @@ from markupsafe import Markup
 from attnlrp.explanation import Explanation
 from attnlrp.show import colours, text
 
-__all__ = ["fragment", "page"]
+__all__ = ["digest", "environment", "fragment", "page"]
 
 _LEVELS = 20  # steps of the colour scale on each side of zero
 _TOP = 10
@@ -29,23 +29,24 @@ _TOP = 10
 
 def page(explanation: Explanation) -> str:
     """A whole document that follows the reader's light or dark preference and works without a network."""
-    return _environment().get_template("page.html").render(_context(explanation, "attnlrp"))
+    return environment().get_template("page.html").render(_context(explanation, "attnlrp"))
 
 
 def fragment(explanation: Explanation) -> str:
     """One element for a notebook's output; several on one page do not disturb each other nor the host."""
-    return _environment().get_template("fragment.html").render(_context(explanation, f"attnlrp-{uuid.uuid4().hex}"))
+    return environment().get_template("fragment.html").render(_context(explanation, f"attnlrp-{uuid.uuid4().hex}"))
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates."""
     loader = PackageLoader("attnlrp.show", "templates")
     return Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _context(explanation: Explanation, identifier: str) -> dict[str, Any]:
-    style = _environment().get_template("style.css").render(id=identifier, **_theme())
-    script = _environment().get_template("script.js").render(id=identifier)
+    style = environment().get_template("style.css").render(id=identifier, **_theme())
+    script = environment().get_template("script.js").render(id=identifier)
     rows = explanation.relevance.tolist()
     values = [[text.signed(value) for value in row] for row in rows]
     levels = [[round(value * _LEVELS) for value in colours.normalise(row)] for row in rows]
@@ -53,8 +54,8 @@ def _context(explanation: Explanation, identifier: str) -> dict[str, Any]:
         "id": identifier,
         "style": Markup(style),
         "script": Markup(script),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
+        "style_hash": digest(style),
+        "script_hash": digest(script),
         "heading": text.heading(explanation),
         "targets": [_target(explanation, k) for k in range(len(rows))],
         "segments": _segments(explanation, values[0], levels[0]),
@@ -109,6 +110,6 @@ def _theme() -> dict[str, Any]:
     }
 
 
-def _hash(source: str) -> str:
+def digest(source: str) -> str:
     """Source of an inline element as the content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-__all__ = ["figure"]
+__all__ = ["MUTED", "drawable", "empty", "figure", "font"]
 
 _COLUMNS = 80  # cells of a line of text
 _CELL = 0.1  # inch, width of one cell
@@ -33,7 +33,8 @@ _MARGIN, _HEAD, _FOOT = 0.3, 1.0, 0.9  # inch
 _NARROWEST = 6.0  # inch
 _LONGEST = 1000  # lines; a longer image is beyond what matplotlib can write
 _LABELS = 120  # tokens, above which the matrix shows positions instead
-_MUTED = "#5c5c62"
+MUTED = "#5c5c62"
+"""Colour of what is beside the point."""
 _MISSING = "□"
 # Fonts beside matplotlib's own, in order; an installed one supplies the glyphs that the ones before it lack.
 _FONTS = (
@@ -64,6 +65,20 @@ def figure(explanation: Explanation) -> Figure:
     Raises:
         InputError: matplotlib is not installed, or the text is too long for a figure.
     """
+    drawing = empty()
+    if len(explanation.targets) == 1:
+        _text(drawing, explanation)
+    else:
+        _matrix(drawing, explanation)
+    return drawing
+
+
+def empty() -> Figure:
+    """A white figure that can be saved.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -71,10 +86,6 @@ def figure(explanation: Explanation) -> Figure:
         raise InputError('figures need matplotlib, which is not installed: pip install "attnlrp[plot]"') from error
     drawing = Figure(facecolor="white")
     FigureCanvasAgg(drawing)
-    if len(explanation.targets) == 1:
-        _text(drawing, explanation)
-    else:
-        _matrix(drawing, explanation)
     return drawing
 
 
@@ -92,7 +103,7 @@ def _text(drawing: Figure, explanation: Explanation) -> None:
     axes.add_collection(PolyCollection(corners, facecolors=[colours.scale(shades[i]) for i, *_ in boxes]))
     for i, piece, x, y, _ in boxes:
         slant = "italic" if explanation.special[i] else "normal"
-        axes.text(x, y + 0.68, piece, **_font(_SIZE), fontstyle=slant)
+        axes.text(x, y + 0.68, piece, **font(_SIZE), fontstyle=slant)
     _head(drawing, explanation, text.label(target.token), " · ".join(text.facts(explanation, target)))
     _colour_bar(drawing, colours.limit(row), target.unit)
 
@@ -104,7 +115,7 @@ def _layout(tokens: tuple[str, ...]) -> tuple[list[tuple[int, str, int, int, int
     for i, token in enumerate(tokens):
         for k, part in enumerate(text.inline(token).split("\n")):
             x, line = (0, line + 1) if k else (x, line)
-            for piece in _pieces(_drawable(part)):
+            for piece in _pieces(drawable(part)):
                 width = _width(piece)
                 x, line = (0, line + 1) if x + width > _COLUMNS else (x, line)
                 boxes.append((i, piece, x, line, width))
@@ -129,8 +140,8 @@ def _matrix(drawing: Figure, explanation: Explanation) -> None:
     """Output x input on one scale, so that rows can be compared."""
     import torch
 
-    outputs = [_drawable(text.label(target.token, width=20)) for target in explanation.targets]
-    inputs = [_drawable(text.label(token, width=20)) for token in explanation.tokens]
+    outputs = [drawable(text.label(target.token, width=20)) for target in explanation.targets]
+    inputs = [drawable(text.label(token, width=20)) for token in explanation.tokens]
     values = [value for row in explanation.relevance.tolist() for value in row]
     rows, columns, end = len(outputs), len(inputs), colours.limit(values)
     labelled = columns <= _LABELS
@@ -143,9 +154,9 @@ def _matrix(drawing: Figure, explanation: Explanation) -> None:
     )
     shades = torch.tensor(colours.normalise(values)).reshape(rows, columns)
     axes.imshow(shades.numpy(), cmap=_map(), vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(rows), outputs, **_font(_SMALL))
+    axes.set_yticks(range(rows), outputs, **font(_SMALL))
     if labelled:
-        axes.set_xticks(range(columns), inputs, rotation=90, **_font(_SMALL))
+        axes.set_xticks(range(columns), inputs, rotation=90, **font(_SMALL))
     axes.tick_params(length=0, colors=colours.ink(), labelsize=_SMALL)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -174,11 +185,11 @@ def _head(drawing: Figure, explanation: Explanation, title: str, facts: str) -> 
     lines = (
         (title, 14.0, "bold", colours.ink()),
         (facts, 9.0, "normal", colours.ink()),
-        (text.heading(explanation), _SMALL, "normal", _MUTED),
+        (text.heading(explanation), _SMALL, "normal", MUTED),
     )
     for line, (words, size, weight, colour) in enumerate(lines):
         x, y = _MARGIN / width, 1 - (0.35 + 0.22 * line) / height
-        drawing.text(x, y, _drawable(words), **_font(size) | {"color": colour}, fontweight=weight)
+        drawing.text(x, y, drawable(words), **font(size) | {"color": colour}, fontweight=weight)
 
 
 def _colour_bar(drawing: Figure, end: float, unit: str) -> None:
@@ -190,11 +201,11 @@ def _colour_bar(drawing: Figure, end: float, unit: str) -> None:
     ticks = {-1: text.signed(-end), 0: "0", 1: text.signed(end)} if end else {0: "0"}
     bar = drawing.colorbar(ScalarMappable(Normalize(-1, 1), _map()), cax=space, orientation="horizontal")
     bar.outline.set_visible(False)
-    bar.ax.set_xticks(list(ticks), list(ticks.values()), **_font(_SMALL))
+    bar.ax.set_xticks(list(ticks), list(ticks.values()), **font(_SMALL))
     for tick, label in zip(ticks, bar.ax.get_xticklabels(), strict=True):
         label.set_horizontalalignment(("left", "center", "right")[tick + 1])
     bar.ax.tick_params(length=0, labelsize=_SMALL, colors=colours.ink())
-    drawing.text((_MARGIN + 2.5) / width, 0.45 / height, f"relevance in {unit}", **_font(_SMALL) | {"color": _MUTED})
+    drawing.text((_MARGIN + 2.5) / width, 0.45 / height, f"relevance in {unit}", **font(_SMALL) | {"color": MUTED})
 
 
 @cache
@@ -204,7 +215,7 @@ def _map() -> ListedColormap:
     return ListedColormap([colours.scale(i / 128) for i in range(-128, 129)], name="attnlrp")
 
 
-def _font(size: float) -> dict[str, Any]:
+def font(size: float) -> dict[str, Any]:
     """How every text is drawn; tokens such as $x$ are neither mathematics nor LaTeX."""
     return {
         "fontsize": size,
@@ -225,7 +236,7 @@ def _fonts() -> tuple[list[str], frozenset[int]]:
     return [name for name in _FONTS if name in files], glyphs
 
 
-def _drawable(shown: str) -> str:
+def drawable(shown: str) -> str:
     """Text in characters that some font has; what has no width of its own is left out, the rest is a square."""
     _, glyphs = _fonts()
     return "".join(c if ord(c) in glyphs else _MISSING * min(1, cell_len(c)) for c in shown)

@@ -19,7 +19,7 @@ from rich.text import Text
 from attnlrp.explanation import ExplainedTarget, Explanation
 from attnlrp.show import colours, text
 
-__all__ = ["render"]
+__all__ = ["is_dark", "render"]
 
 _BAR = 20  # cells
 _LEGEND = 31  # cells
@@ -37,7 +37,7 @@ def render(explanation: Explanation, *, top: int = 10, dark: bool | None = None)
         top: rows of the table of the most relevant tokens.
         dark: whether the terminal is dark; None reads COLORFGBG and else takes it to be.
     """
-    dark = _is_dark() if dark is None else dark
+    dark = is_dark() if dark is None else dark
     head = Text(text.heading(explanation), style="dim")
     several = len(explanation.targets) != 1
     body = _lines(explanation, dark) if several else _single(explanation, top, dark)
@@ -169,6 +169,6 @@ class _Matrix:
             yield table
 
 
-def _is_dark() -> bool:
+def is_dark() -> bool:
     """Some terminals tell their colours as "foreground;background" with 7 and 15 for light ones."""
     return os.environ.get("COLORFGBG", "").rsplit(";", 1)[-1] not in ("7", "15")

@@ -13,6 +13,7 @@ from attnlrp.show import colours
 
 __all__ = [
     "TopToken",
+    "absorbers",
     "balance",
     "column",
     "facts",
@@ -133,8 +134,12 @@ def top(explanation: Explanation, target: int, count: int) -> list[TopToken]:
 def balance(explanation: Explanation, target: int) -> str:
     """How much of the target reached the input, and where the rest went."""
     reached, total = signed(explanation.sum[target]), quantity(explanation.targets[target])
-    keeper = "the plain gradient keeps no account of" if explanation.rules == "gradient" else _ABSORBERS
-    return f"Relevance sums to {reached} of {total}; {keeper} the rest."
+    return f"Relevance sums to {reached} of {total}; {absorbers(explanation.rules)} the rest."
+
+
+def absorbers(rules: str) -> str:
+    """What keeps the relevance that does not reach the input."""
+    return "the plain gradient keeps no account of" if rules == "gradient" else _ABSORBERS
 
 
 def _visible(token: str) -> str:

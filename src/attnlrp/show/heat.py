@@ -1,0 +1,287 @@
+"""Heat maps of images: figure, HTML page, notebook, terminal.
+
+Each target has a line of three panels: what the model reads; relevance of each pixel; relevance of each patch over the
+picture in grey, where the weaker a patch is, the more of the picture shows. Both maps go from -limit to +limit. Single
+pixels can be many times as relevant as all others, so colours of the pixel map end at a quantile, which is written
+under it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from markupsafe import Markup
+
+from attnlrp.errors import InputError
+from attnlrp.explanation import ExplainedTarget
+from attnlrp.image_explanation import ImageExplanation
+from attnlrp.show import colours, text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["figure", "fragment", "page", "panels", "render", "save", "show"]
+
+_QUANTILE = 0.999  # of the magnitudes of pixels: where the colours of their map end
+_STEPS = 128  # colours on each side of zero
+_OPAQUE = 0.85  # of the strongest patch over the picture
+_PANEL, _GAP, _LEFT, _TITLE, _HEAD, _FOOT = 2.6, 0.15, 0.25, 0.6, 0.35, 0.3  # inch
+_WIDEST = 32  # patches side by side in a terminal
+_TOP = 10
+
+
+class Panels(NamedTuple):
+    """Pictures of one target (height, width, 3), and where their colours end.
+
+    Args:
+        pixels: relevance of each pixel.
+        overlay: relevance of each patch over the picture.
+        pixel_end: relevance of a pixel at the end of the scale.
+        patch_end: the same of a patch.
+    """
+
+    pixels: np.ndarray
+    overlay: np.ndarray
+    pixel_end: float
+    patch_end: float
+
+
+def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
+    """The pictures of one target."""
+    relevance, patches = explanation.relevance[target].float(), explanation.patches[target].float()
+    pixel_end, patch_end = _quantile(relevance.abs()), patches.abs().max().item()
+    height, width = relevance.shape
+    spread = patches.repeat_interleave(explanation.patch, 0).repeat_interleave(explanation.patch, 1)[:height, :width]
+    strength = (spread / (patch_end or 1.0)).clamp(-1, 1)
+    grey = explanation.picture.float() @ torch.tensor([0.299, 0.587, 0.114])
+    over = _OPAQUE * strength.abs()[..., None].numpy()
+    ends = np.where(strength[..., None].numpy() < 0, _table()[0], _table()[-1])
+    overlay = (1 - over) * grey[..., None].numpy() + over * ends
+    return Panels(_coloured(relevance, pixel_end), overlay.round().astype(np.uint8), pixel_end, patch_end)
+
+
+def save(explanation: ImageExplanation, path: str | Path) -> Path:
+    """Write a file; its suffix chooses: .html a page, .png .pdf .svg a figure.
+
+    Raises:
+        InputError: another suffix, or a figure without matplotlib.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".html":
+        path.write_text(page(explanation), encoding="utf-8")
+    elif suffix in (".png", ".pdf", ".svg"):
+        figure(explanation).savefig(path, dpi=200)
+    else:
+        raise InputError(
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}; "
+            "expected .html, .json, .pdf, .png, .safetensors or .svg"
+        )
+    return path
+
+
+def figure(explanation: ImageExplanation) -> Figure:
+    """One line of panels for each target.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    from attnlrp.show import image
+
+    drawing = image.empty()
+    rows, (high, wide) = len(explanation.targets), explanation.picture.shape[:2]
+    panel_height = _PANEL * min(max(high / wide, 0.25), 4.0)
+    line = _TITLE + panel_height + 0.25
+    notes = [_read(explanation), *explanation.notes]
+    width = 2 * _LEFT + 3 * _PANEL + 2 * _GAP
+    height = _HEAD + rows * line + _FOOT + 0.16 * len(notes)
+    drawing.set_size_inches(width, height)
+
+    def write(x: float, y: float, words: str, size: float, **style: Any) -> None:
+        drawing.text(x / width, 1 - y / height, image.drawable(words), **image.font(size) | style)
+
+    write(_LEFT, 0.3, heading(explanation), 8.0, color=image.MUTED)
+    for k, target in enumerate(explanation.targets):
+        made = panels(explanation, k)
+        top = _HEAD + k * line
+        write(_LEFT, top + 0.28, text.label(target.token, width=60), 12.0, fontweight="bold")
+        write(_LEFT, top + 0.5, " · ".join(facts(target)), 8.0)
+        captions = (
+            "as the model reads it",
+            f"pixels: ±{made.pixel_end:.3g} {target.unit} ({_QUANTILE:.1%} of them)",
+            f"patches of {explanation.patch}: ±{made.patch_end:.3g} {target.unit}",
+        )
+        for column, picture in enumerate((explanation.picture.numpy(), made.pixels, made.overlay)):
+            x, y = _LEFT + column * (_PANEL + _GAP), top + _TITLE
+            corner = x / width, 1 - (y + panel_height) / height
+            axes = drawing.add_axes((*corner, _PANEL / width, panel_height / height))
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+            write(x, y + panel_height + 0.14, captions[column], 7.0, color=image.MUTED)
+    for k, note in enumerate(notes):
+        write(_LEFT, _HEAD + rows * line + 0.16 * (k + 1), note, 7.0, color=image.MUTED)
+    left, right, y = _LEFT + 2 * (_PANEL + _GAP), width - _LEFT, _HEAD + rows * line + 0.16
+    write(left, y, "against", 7.0, color=image.MUTED)
+    write(right, y, "for the target", 7.0, color=image.MUTED, horizontalalignment="right")
+    strip = drawing.add_axes(((left + 0.5) / width, 1 - y / height, (right - left - 1.35) / width, 0.08 / height))
+    strip.imshow(_table()[None] / 255, aspect="auto")
+    strip.set_axis_off()
+    return drawing
+
+
+def page(explanation: ImageExplanation) -> str:
+    """A whole document that works without a network."""
+    from attnlrp.show import html
+
+    return html.environment().get_template("image_page.html").render(_context(explanation))
+
+
+def fragment(explanation: ImageExplanation) -> str:
+    """One element for a notebook's output."""
+    from attnlrp.show import html
+
+    return html.environment().get_template("image_fragment.html").render(_context(explanation))
+
+
+def show(explanation: ImageExplanation, *, top: int = _TOP) -> None:
+    """Print the heat map of the patches to the terminal, and a table of this many most relevant ones."""
+    from rich.console import Console
+
+    Console(highlight=False).print(render(explanation, top=top))
+
+
+def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None = None) -> Any:
+    """What `show` prints: for each target its name, its patches in colour, and the most relevant of them."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from attnlrp.show import terminal
+
+    dark = terminal.is_dark() if dark is None else dark
+    parts: list[Any] = [Text(heading(explanation), style="dim"), Text(_read(explanation), style="dim")]
+    parts += [Text(note, style="dim") for note in explanation.notes]
+    for k, target in enumerate(explanation.targets):
+        name = Text(text.label(target.token, width=60), style="bold").append(
+            "  " + " · ".join(facts(target)), "not bold"
+        )
+        others = "  ".join(f"{label} {logit}" for label, logit in text.runners_up(target))
+        table = Table("row", "column", "relevance", box=None, header_style="dim", pad_edge=False)
+        for each in table.columns:
+            each.justify = "right"
+        found = explanation.top(top, target=k)
+        for (row, column, _), number in zip(found, text.column([value for *_, value in found]), strict=True):
+            table.add_row(str(row), str(column), number)
+        parts += [Text(), name, Text(f"other logits  {others}", style="dim"), Text(), _blocks(explanation, k, dark)]
+        parts += [Text(), table, Text(), Text(balance(explanation, k), style="dim")]
+    return Group(*parts)
+
+
+def heading(explanation: ImageExplanation) -> str:
+    """Where the numbers come from: model, rules, version."""
+    model, rules = text.label(explanation.model, width=80), text.label(explanation.rules)
+    return f"{model} · rules {rules} · attnlrp {explanation.version}"
+
+
+def facts(target: ExplainedTarget) -> list[str]:
+    """What is known of a target besides its name: value, contrast, rank."""
+    against = [] if target.against is None else [f"against {text.label(target.against)}"]
+    return [text.quantity(target), *against, f"rank {target.rank}"]
+
+
+def balance(explanation: ImageExplanation, target: int) -> str:
+    """How much of the target reached the image."""
+    reached, total = text.signed(explanation.sum[target]), text.quantity(explanation.targets[target])
+    return f"Relevance sums to {reached} of {total}; {text.absorbers(explanation.rules)} the rest."
+
+
+def _read(explanation: ImageExplanation) -> str:
+    height, width = explanation.picture.shape[:2]
+    return f"{width} × {height} pixels, read from an image of {explanation.size[0]} × {explanation.size[1]}"
+
+
+def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
+    """Patches, or sums over squares of them, as coloured cells; strong ones also carry their sign."""
+    from rich.style import Style
+    from rich.text import Text
+
+    patches = explanation.patches[target]
+    join = -(-patches.shape[1] // _WIDEST)
+    pad = (0, -patches.shape[1] % join, 0, -patches.shape[0] % join)
+    joined = torch.nn.functional.pad(patches, pad).unfold(0, join, join).unfold(1, join, join).sum(dim=(-2, -1))
+    out = Text()
+    for row in joined.tolist():
+        for value in row:
+            size = value / (joined.abs().max().item() or 1.0)
+            sign = "++" if size > 0.5 else "--" if size < -0.5 else "  "
+            out.append(sign, Style(color=colours.ink(dark=dark), bgcolor=colours.scale(size, dark=dark)))
+        out.append("\n")
+    out.rstrip()
+    return out
+
+
+def _context(explanation: ImageExplanation) -> dict[str, Any]:
+    from attnlrp.show import html
+
+    ends = colours.scale(-1), colours.scale(0), colours.scale(1)
+    style = html.environment().get_template("image.css").render(ends=ends, inks=(colours.ink(), colours.ink(dark=True)))
+    targets = []
+    for k, target in enumerate(explanation.targets):
+        made = panels(explanation, k)
+        found = explanation.top(_TOP, target=k)
+        numbers = text.column([value for *_, value in found])
+        targets.append(
+            {
+                "label": text.label(target.token, width=60),
+                "facts": facts(target),
+                "runners_up": text.runners_up(target),
+                "pictures": [
+                    (_uri(explanation.picture.numpy()), "as the model reads it"),
+                    (_uri(made.pixels), f"relevance of each pixel, ±{made.pixel_end:.3g} ({_QUANTILE:.1%} of them)"),
+                    (_uri(made.overlay), f"relevance of patches of {explanation.patch}, ±{made.patch_end:.3g}"),
+                ],
+                "top": [(row, column, number) for (row, column, _), number in zip(found, numbers, strict=True)],
+                "balance": balance(explanation, k),
+            }
+        )
+    return {
+        "heading": heading(explanation),
+        "notes": [_read(explanation), *explanation.notes],
+        "targets": targets,
+        "unit": explanation.targets[0].unit,
+        "style": Markup(style),
+        "style_hash": html.digest(style),
+    }
+
+
+def _uri(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@cache
+def _table() -> np.ndarray:
+    """The colours of the scale from -1 to 1 (colour, 3)."""
+    names = [colours.scale(i / _STEPS) for i in range(-_STEPS, _STEPS + 1)]
+    return np.array([[int(name[i : i + 2], 16) for i in (1, 3, 5)] for name in names], dtype=np.float32)
+
+
+def _coloured(values: torch.Tensor, end: float) -> np.ndarray:
+    level = (values / (end or 1.0)).clamp(-1, 1).mul(_STEPS).round().long() + _STEPS
+    pixels: np.ndarray = _table()[level.numpy()].astype(np.uint8)
+    return pixels
+
+
+def _quantile(magnitudes: torch.Tensor) -> float:
+    """The value that a share _QUANTILE of the pixels does not exceed."""
+    values = magnitudes.flatten().sort().values
+    return values[min(len(values) - 1, int(_QUANTILE * len(values)))].item()
