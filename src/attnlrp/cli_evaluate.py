@@ -31,7 +31,12 @@ app = typer.Typer(
 errors = Console(stderr=True, soft_wrap=True)
 
 Data = Annotated[
-    str, typer.Option(help="A .jsonl file, a SQuAD .json file, or a data set of the hub.", show_default=False)
+    str,
+    typer.Option(
+        help="A .jsonl file, a SQuAD .json file, or a data set of the hub; for vision models a folder, .zip or .csv of "
+        "images.",
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -45,6 +50,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Records that are drawn.")]
 Length = Annotated[
     int, typer.Option(min=1, help="Tokens that texts are cut to; records with a question that have more are not drawn.")
 ]
+Split = Annotated[str | None, typer.Option(help="Split of a table of images; default: all of it.", show_default=False)]
 Seed = Annotated[int, typer.Option(min=0, help="Of the draw, and of the order of equally relevant tokens.")]
 Tune = Annotated[
     int, typer.Option(min=0, help="Records, apart from the samples, on which parameters of baselines are chosen.")
@@ -63,12 +69,13 @@ Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfl
 
 
 class Baseline(str, enum.Enum):
-    """What takes the place of an embedding."""
+    """What takes the place of an embedding, or of pixels."""
 
     zero = "zero"
     mean = "mean"
     unknown = "unknown"
     mask = "mask"
+    blur = "blur"
 
 
 class SpecialTokens(str, enum.Enum):
@@ -89,10 +96,19 @@ def faithfulness(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Points of a curve; default: one per token.", show_default=False)
     ] = None,
-    baseline: Annotated[Baseline, typer.Option(help="What takes the place of an embedding.")] = Baseline.zero,
+    baseline: Annotated[
+        Baseline, typer.Option(help="What takes the place of an embedding; blur is for images.")
+    ] = Baseline.zero,
     special: Annotated[
         SpecialTokens, typer.Option(help="Special tokens: ranked as others, never taken away, or first of all.")
     ] = SpecialTokens.rank,
+    patch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Edge of the squares of an image in pixels; default: its patches.", show_default=False
+        ),
+    ] = None,
+    split: Split = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Perturbed inputs in one pass.")] = 32,
     tune: Tune = 0,
@@ -103,9 +119,10 @@ def faithfulness(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Take tokens away, the most and the least relevant first: the area between the two curves of the output."""
+    """Take tokens or squares of an image away, the most and the least relevant first: the area between the curves."""
     options = {"samples": samples, "length": length, "steps": steps, "baseline": baseline.value, "seed": seed}
     options |= {"special": special.value, "batch_size": batch_size, "tune": tune, "memory": memory}
+    options |= {"patch": patch, "split": split}
     _measure("faithfulness", data, model, methods, options, out, json_to, figure, device, dtype)
 
 
@@ -128,6 +145,27 @@ def qa(
     """Does the explanation of an answer point at it: top-1, IoU and mass, over all and correctly answered samples."""
     options = {"samples": samples, "length": length, "seed": seed, "tune": tune, "memory": memory}
     _measure("qa", data, model, methods, options, out, json_to, figure, device, dtype)
+
+
+@app.command()
+def localisation(
+    data: Data,
+    model: Model = None,
+    methods: Methods = None,
+    samples: Samples = 200,
+    split: Split = None,
+    seed: Seed = 0,
+    tune: Tune = 0,
+    memory: Memory = False,
+    out: Out = None,
+    json_to: Json = None,
+    figure: Figure = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Is the explanation of an image on the object: relevance mass, pointing game, IoU and top-k."""
+    options = {"samples": samples, "split": split, "seed": seed, "tune": tune, "memory": memory}
+    _measure("localisation", data, model, methods, options, out, json_to, figure, device, dtype)
 
 
 @app.command()
@@ -273,7 +311,7 @@ def _show_figures(console: Console, run: Run) -> None:
     for method in run.ranking:
         figures = [
             mean_text(run, method, m, correct_only=only)
-            if run.setup.kind == "qa" or m == run.metric
+            if run.setup.kind != "faithfulness" or m == run.metric
             else f"{run.report.mean(method, m).mean:.3f}"
             for m, only in columns
         ]

@@ -14,6 +14,7 @@ from typing import Any
 from attnlrp.errors import InputError
 from attnlrp.evaluation.flipping import SPECIAL
 from attnlrp.evaluation.perturbation import BASELINES
+from attnlrp.evaluation.pixels import PIXEL_BASELINES
 from attnlrp.methods import find_methods
 from attnlrp.models import DTYPES
 from attnlrp.runs import KINDS
@@ -111,12 +112,14 @@ _MODEL = {
 }
 _DATA = {
     "name": _text("a name to show"),
-    "source": _text("a .jsonl file, a SQuAD .json file, or a data set of the hub"),
+    "source": _text("a .jsonl file, a SQuAD .json file, a data set of the hub, or a folder, .zip or .csv of images"),
     "kind": _choice(KINDS, required=True),
     "samples": _number(1, "records"),
     "length": _number(1, "tokens"),
     "steps": _Key("a whole number, at least 1, or null for one per token", lambda v: v is None or _whole(v, 1)),
-    "baseline": _choice(BASELINES),
+    "baseline": _choice(tuple(dict.fromkeys((*BASELINES, *PIXEL_BASELINES)))),
+    "patch": _number(1, "pixels"),
+    "split": _Key("the name of a split of a table of images", lambda v: isinstance(v, str) and bool(v)),
     "special": _choice(SPECIAL),
     "batch_size": _number(1, "inputs"),
     "methods": _Key("a list of names of methods", _names),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from attnlrp.evaluation.image_data import Packed
 from attnlrp.evaluation.pixels import PixelPerturbation
 from attnlrp.evaluation.samples import Sample, image_classified
 from attnlrp.evaluation.statistics import Mean
-from attnlrp.image_explainer import patch_of
+from attnlrp.image_explainer import square_of
 from attnlrp.images import Picture
-from attnlrp.methods import Propagated
+from attnlrp.methods import Gammas
 from attnlrp.models import task_of
-from attnlrp.rules import SOFTMAX, Rules, composite
+from attnlrp.rules import SOFTMAX, Rules
 
 __all__ = ["Gammas", "Search", "search_gamma", "search_images"]
 
@@ -37,29 +36,7 @@ FINER: dict[str, tuple[float, ...]] = {
     "head": (0.0, 0.25),
 }
 """Fine stage: one role after the other, from the best of the coarse stage."""
-SQUARE = 14  # pixels, least edge of the squares that are taken away
 KEPT = 4  # of the coarse stage that are measured again on all images
-
-
-@dataclass(frozen=True)
-class Gammas:
-    """Arguments of `attnlrp.rules.composite`: a gamma for each role of a layer, and the way through softmax."""
-
-    conv: float = 0.0
-    mlp: float = 0.0
-    qkv: float = 0.0
-    out: float = 0.0
-    head: float = 0.0
-    attention: str = "attnlrp"
-
-    @property
-    def rules(self) -> Rules:
-        """The table."""
-        return composite(**asdict(self))
-
-    def __str__(self) -> str:
-        values = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name != "attention"]
-        return ", ".join([*values, f"softmax {self.attention}"])
 
 
 @dataclass(frozen=True)
@@ -90,7 +67,8 @@ class Search:
     @property
     def summary(self) -> str:
         """One line for people."""
-        area = f"area {self.area.mean:.3f} ± {self.area.standard_error:.3f} on {self.images} images"
+        error = "" if self.area.standard_error is None else f" ± {self.area.standard_error:.3f}"
+        area = f"area {self.area.mean:.3f}{error} on {self.images} {'image' if self.images == 1 else 'images'}"
         end = "" if self.complete else ", the budget ended before the search"
         return f"gammas: {self.best}; {area}; {len(self.tried)} tried in {self.seconds:.0f} s{end}"
 
@@ -181,7 +159,7 @@ def search_images(
     seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Search:
-    """`search_gamma` on image files: squares of at least 14 pixels, whole patches, give way to zero.
+    """`search_gamma` on image files: zero takes the place of squares of `square_of`.
 
     Args:
         model: an image classifier.
@@ -195,8 +173,7 @@ def search_images(
     """
     if task_of(model) != "image-classification":
         raise InputError(f"gamma: got a model for {task_of(model)}, expected one for image-classification; give a file")
-    patch = patch_of(model)
-    perturbation = PixelPerturbation(model, patch=patch * math.ceil(SQUARE / patch))
+    perturbation = PixelPerturbation(model, patch=square_of(model))
     samples = [image_classified(model, processor, {"image": x}, name=f"{k} {x}") for k, x in enumerate(images)]
     return search_gamma(samples, perturbation, seconds=seconds, progress=progress)
 
@@ -229,7 +206,7 @@ class _Run:
     def area(self, gammas: Gammas, images: Sequence[Sample]) -> float:
         key, name = (gammas, len(images)), str(gammas)
         if key not in self.scores:
-            self.scores[key] = self.measure(images, {name: Propagated(gammas.rules)}).mean(name, "area")
+            self.scores[key] = self.measure(images, {name: gammas}).mean(name, "area")
             self.tried.append({"gammas": asdict(gammas), "images": len(images), **self.scores[key].to_dict()})
             if self.progress is not None:
                 self.progress(len(self.tried), _count(), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ from attnlrp.targets import OTHERS, Scalar, class_index
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageExplainer", "patch_of"]
+__all__ = ["ImageExplainer", "patch_of", "square_of"]
 
 CANDIDATES = 5
+SQUARE = 14
 
 
 class ImageExplainer:
@@ -255,3 +257,9 @@ def patch_of(model: Any) -> int:
     config = getattr(model.config, "vision_config", model.config)
     patch = getattr(config, "patch_size", None) or (getattr(config, "patch_sizes", None) or [1])[0]
     return int(patch[0] if isinstance(patch, (list, tuple)) else patch)
+
+
+def square_of(model: Any) -> int:
+    """Edge of the squares that an evaluation takes from images: whole patches, at least SQUARE pixels."""
+    patch = patch_of(model)
+    return patch * math.ceil(SQUARE / patch)

@@ -15,9 +15,9 @@ from attnlrp.columns import arrange, widen
 from attnlrp.engine import propagate
 from attnlrp.errors import InputError
 from attnlrp.evaluation.cost import Method
-from attnlrp.rules import PRESETS, Rules
+from attnlrp.rules import PRESETS, Rules, composite
 
-__all__ = ["DEFAULT", "Propagated", "find_methods", "parameters", "vary"]
+__all__ = ["DEFAULT", "Gammas", "Propagated", "find_methods", "parameters", "vary"]
 
 DEFAULT = (
     "random",
@@ -67,8 +67,42 @@ class Propagated:
         return read.relevance(torch.autograd.grad(scores.sum(), read.leaves))[0].cpu()
 
 
+@dataclass(frozen=True)
+class Gammas:
+    """Relevance propagation with gamma rules: arguments of `attnlrp.rules.composite`.
+
+    Args:
+        conv: gamma of convolutions, such as the patch embedding.
+        mlp: gamma of the linear layers of MLPs.
+        qkv: gamma of the projections to queries, keys and values.
+        out: gamma of the projection after attention.
+        head: gamma of the classifier.
+        attention: way through softmax, one of `attnlrp.rules.SOFTMAX`.
+    """
+
+    conv: float = 0.0
+    mlp: float = 0.0
+    qkv: float = 0.0
+    out: float = 0.0
+    head: float = 0.0
+    attention: str = "attnlrp"
+
+    @property
+    def rules(self) -> Rules:
+        """The table."""
+        return composite(**dataclasses.asdict(self))
+
+    def __call__(self, model: Any, inputs: Mapping[str, Any], target: Callable[[Any], Tensor]) -> Tensor:
+        """Relevance of the pixels (height, width)."""
+        return Propagated(self.rules)(model, inputs, target)
+
+    def __str__(self) -> str:
+        values = [f"{f.name} {getattr(self, f.name):g}" for f in _fields(self) if f.name != "attention"]
+        return ", ".join([*values, f"softmax {self.attention}"])
+
+
 def find_methods(names: Sequence[str | Mapping[str, Any]] | None = None) -> dict[str, Method]:
-    """Methods by name: the baselines, relevance propagation with each preset, and those of other packages.
+    """Methods by name: the baselines, relevance propagation with each preset or gammas, those of other packages.
 
     Args:
         names: of each method its name; "package.module:NAME" for a method or a table of rules of another package; or a
@@ -123,7 +157,9 @@ def _find(name: str) -> Method:
         return BASELINES[name]
     if name in PRESETS:
         return Propagated(PRESETS[name])
-    known = ", ".join(dict.fromkeys([*BASELINES, *PRESETS]))
+    if name == "gamma":
+        return Gammas()
+    known = ", ".join(dict.fromkeys([*BASELINES, *PRESETS, "gamma"]))
     raise InputError(f"methods: got {name!r}, expected some of {known}, or package.module:NAME")
 
 

@@ -16,22 +16,29 @@ from torch import Tensor
 from attnlrp.errors import AttnLRPError, InputError, ModelError
 from attnlrp.evaluation import data, samples
 from attnlrp.evaluation.cost import Method, peak_memory
-from attnlrp.evaluation.experiment import Progress, Report, faithfulness, question_answering
+from attnlrp.evaluation.experiment import Progress, Report, faithfulness, localise, question_answering
 from attnlrp.evaluation.flipping import SPECIAL, Special
+from attnlrp.evaluation.image_data import read_image_records
 from attnlrp.evaluation.journal import Journal
 from attnlrp.evaluation.perturbation import BASELINES, Perturbation
+from attnlrp.evaluation.pixels import PIXEL_BASELINES, PixelPerturbation
 from attnlrp.evaluation.samples import Sample
+from attnlrp.image_explainer import square_of
 from attnlrp.methods import parameters, vary
-from attnlrp.models import task_of
+from attnlrp.models import IMAGE_TASKS, task_of
 from attnlrp.tuning import GRIDS, Choice, Grid, tune
 
 __all__ = ["KINDS", "Kind", "Run", "Setup", "evaluate", "shown"]
 
-Kind: TypeAlias = Literal["faithfulness", "qa"]
-KINDS: tuple[Kind, ...] = ("faithfulness", "qa")
+Kind: TypeAlias = Literal["faithfulness", "qa", "localisation"]
+KINDS: tuple[Kind, ...] = ("faithfulness", "qa", "localisation")
 
-_RANKED = {"faithfulness": ("area",), "qa": ("top1", "iou")}  # what says which method is best; larger is better
-_TUNED = {"faithfulness": "area", "qa": "iou"}  # IoU has more levels than top-1, which matters on few records
+_RANKED = {  # what says which method is best; larger is better
+    "faithfulness": ("area",),
+    "qa": ("top1", "iou"),
+    "localisation": ("mass",),
+}
+_TUNED = {"faithfulness": "area", "qa": "iou", "localisation": "mass"}  # IoU has more levels than top-1 on few records
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,21 @@ class Setup:
     """What is measured, and on what.
 
     Args:
-        source: file or hub data set; see `attnlrp.evaluation.read`.
-        kind: "faithfulness" or "qa".
+        source: file or hub data set; see `attnlrp.evaluation.read`; of images `attnlrp.evaluation.read_image_records`.
+        kind: "faithfulness"; "qa" for questions; "localisation" for images with boxes or masks.
         samples: records that are drawn.
         length: tokens that a text is cut to; records with a question that have more are not drawn.
         steps: points of a curve; None for one per token.
-        baseline: what takes the place of an embedding.
+        baseline: what takes the place of an embedding, or of the pixels of a square.
         special: what happens to special tokens.
         seed: of the draw, and of the order of equally relevant tokens.
         batch_size: perturbed inputs in one pass.
         tune: records, apart from the samples, on which the parameters of baselines are chosen; 0 for none.
         grids: method -> parameter -> values.
         memory: whether to measure peak memory, on the first sample.
+        patch: edge of the squares that are taken from images, in pixels; None for the model's patches (several, if they
+            are smaller than 14 pixels).
+        split: value of the column "split" of a table of images; None for all of them.
     """
 
     source: str
@@ -65,12 +75,15 @@ class Setup:
     tune: int = 0
     grids: Mapping[str, Grid] = field(default_factory=lambda: GRIDS)
     memory: bool = False
+    patch: int | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
-        for name, known in {"kind": KINDS, "baseline": BASELINES, "special": SPECIAL}.items():
+        baselines = tuple(dict.fromkeys((*BASELINES, *PIXEL_BASELINES)))
+        for name, known in {"kind": KINDS, "baseline": baselines, "special": SPECIAL}.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name, least in {"samples": 1, "length": 1, "steps": 1, "batch_size": 1, "tune": 0}.items():
+        for name, least in {"samples": 1, "length": 1, "steps": 1, "batch_size": 1, "tune": 0, "patch": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name}: got {value}, expected at least {least}")
@@ -160,7 +173,7 @@ def evaluate(
 
     Args:
         model: what is explained.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or image processor.
         methods: name -> method.
         setup: what is measured.
         name: of the model, kept with the results.
@@ -177,8 +190,9 @@ def evaluate(
         "task": task_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    described |= {"data": shown(setup.source), "length": setup.length}
-    measure = partial(_measure, setup, Perturbation(model, tokenizer, setup.baseline, setup.batch_size), described)
+    described |= {"data": shown(setup.source)}
+    described |= {"split": setup.split} if _sees(model) else {"length": setup.length}
+    measure = partial(_measure, setup, _perturbation(model, tokenizer, setup), described)
     with _kept(journal) as path:
         choices: list[Choice] = []
         if setup.tune:
@@ -217,7 +231,7 @@ def _tuning(progress: Progress | None) -> Progress | None:
 
 def _measure(
     setup: Setup,
-    perturbation: Perturbation,
+    perturbation: Perturbation | PixelPerturbation,
     described: Mapping[str, Any],
     found: Sequence[Sample],
     methods: Mapping[str, _Guard],
@@ -228,8 +242,20 @@ def _measure(
     kept: dict[str, Any] = {"settings": settings, "journal": journal, "progress": progress}
     if setup.kind == "qa":
         return question_answering(found, methods, perturbation.model, **kept)
+    if setup.kind == "localisation":
+        return localise(found, methods, perturbation.model, **kept)
     options: dict[str, Any] = {"steps": setup.steps, "special": setup.special, "seed": setup.seed}
     return faithfulness(found, methods, perturbation, **options, **kept)
+
+
+def _perturbation(model: Any, tokenizer: Any, setup: Setup) -> Perturbation | PixelPerturbation:
+    if _sees(model):
+        return PixelPerturbation(model, setup.baseline, setup.batch_size, setup.patch or square_of(model))
+    return Perturbation(model, tokenizer, setup.baseline, setup.batch_size)
+
+
+def _sees(model: Any) -> bool:
+    return task_of(model) in IMAGE_TASKS
 
 
 # --- methods that fail --------------------------------------------------------------------------------------------
@@ -302,6 +328,8 @@ def _kept(journal: Path | None) -> Iterator[Path]:
 
 def _usable(model: Any, tokenizer: Any, setup: Setup) -> list[data.Record]:
     """The records that the model can be evaluated on."""
+    if _sees(model):
+        return _images(model, setup)
     records = data.read(setup.source, seed=setup.seed)
     asks = bool(records) and "question" in records[0]
     _maker(model, asks, setup)
@@ -317,6 +345,16 @@ def _usable(model: Any, tokenizer: Any, setup: Setup) -> list[data.Record]:
     return found
 
 
+def _images(model: Any, setup: Setup) -> list[data.Record]:
+    _maker(model, False, setup)
+    records = read_image_records(setup.source, split=setup.split)
+    if setup.kind == "localisation":
+        records = [r for r in records if r.get("box") is not None or r.get("mask") is not None]
+    if not records:
+        raise InputError(f"{setup.source}: no image has a box or a mask, which localisation needs")
+    return records
+
+
 def _has_answer(record: data.Record) -> bool:
     return any(answer and answer in record.get("context", "") for answer in record.get("answers", ()))
 
@@ -330,18 +368,22 @@ def _maker(model: Any, asks: bool, setup: Setup) -> Callable[..., Sample]:
     """What turns a record into a sample of this model's task."""
     task = task_of(model)
     if setup.kind == "qa" and not asks:
-        raise InputError(f"{setup.source}: got texts, expected records with question, context and answers")
+        what = "images" if _sees(model) else "texts"
+        raise InputError(f"{setup.source}: got {what}, expected records with question, context and answers")
+    if setup.kind == "localisation" and not _sees(model):
+        raise InputError(f"localisation: got a model for {task}, expected one for image-classification")
     makers: dict[tuple[str, bool], Callable[..., Sample]] = {
         ("causal-lm", False): partial(samples.next_token, length=setup.length),
         ("causal-lm", True): samples.question,
         ("seq2seq-lm", True): samples.question,
         ("sequence-classification", False): partial(samples.classified, length=setup.length),
         ("question-answering", True): partial(samples.extractive, length=setup.length),
+        ("image-classification", False): samples.image_classified,
     }
     if (task, asks) not in makers:
         wanted = [kind for kind, questions in makers if questions == asks]
         raise InputError(
-            f"{setup.source}: holds {'questions' if asks else 'texts'}, got a model for {task}; expected one for "
+            f"{setup.source}: holds {'' if asks else 'no '}questions, got a model for {task}; expected one for "
             + ", ".join(wanted)
         )
     return makers[task, asks]

@@ -169,8 +169,16 @@ def _machine() -> dict[str, Any]:
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
-_HEADINGS = {"area": "area", "top1": "top-1", "iou": "IoU", "mass": "mass", "area_probability": "area (probability)"}
-_SHORT = {"faithfulness": ("area",), "qa": ("top1", "iou")}
+_HEADINGS = {
+    "area": "area",
+    "top1": "top-1",
+    "iou": "IoU",
+    "mass": "mass",
+    "pointing": "pointing game",
+    "top_k": "top-k",
+    "area_probability": "area (probability)",
+}
+_SHORT = {"faithfulness": ("area",), "qa": ("top1", "iou"), "localisation": ("mass", "iou")}
 _LOWER = ("sufficiency", "deletion")  # the smaller, the better
 
 
@@ -290,7 +298,7 @@ _POINTS = 101
 
 
 def mean_curves(run: Run) -> dict[str, Any]:
-    """Mean logit over samples while tokens go, on a common grid of fractions; empty for questions."""
+    """Mean logit over samples while tokens go, on a common grid of fractions; empty for others."""
     import numpy as np
 
     grid = np.linspace(0, 1, _POINTS)
@@ -322,7 +330,7 @@ def save_figure(runs: Mapping[str, Run], path: Path) -> None:
 
 
 def figure(runs: Mapping[str, Run]) -> Any:
-    """One panel per run: mean curves (MoRF solid, LeRF dashed), or bars of top-1 and IoU for questions.
+    """One panel per run: mean curves (MoRF solid, LeRF dashed), or bars for questions and localisation.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -351,17 +359,17 @@ def _draw_curves(axes: Any, run: Run, colours: Mapping[str, Any]) -> None:
     for method, curves in found["methods"].items():
         axes.plot(found["fractions"], curves["morf"], color=colours[method], linewidth=1.2)
         axes.plot(found["fractions"], curves["lerf"], color=colours[method], linewidth=1.2, linestyle="--")
-    axes.set_xlabel("share of tokens gone (solid: most relevant first, dashed: least)", fontsize=8)
+    axes.set_xlabel("share of the input gone (solid: most relevant first, dashed: least)", fontsize=8)
     axes.set_ylabel("mean logit", fontsize=8)
     axes.tick_params(labelsize=8)
 
 
 def _draw_bars(axes: Any, run: Run, colours: Mapping[str, Any]) -> None:
+    first, second = _SHORT[run.setup.kind]
     for place, method in enumerate(reversed(run.ranking)):
-        for offset, metric in ((0.2, "top1"), (-0.2, "iou")):
+        for offset, shade, metric in ((0.2, 1.0, first), (-0.2, 0.5, second)):
             value = run.report.mean(method, metric, correct_only=run.correct_only).mean
-            shade = 1.0 if metric == "top1" else 0.5
             axes.barh(place + offset, value, height=0.38, color=colours[method], alpha=shade)
     axes.set_yticks(range(len(run.ranking)), list(reversed(run.ranking)), fontsize=7)
-    axes.set_xlabel("top-1 (full colour) and IoU (pale)", fontsize=8)
+    axes.set_xlabel(f"{_HEADINGS[first]} (full colour) and {_HEADINGS[second]} (pale)", fontsize=8)
     axes.set_xlim(0, 1)
