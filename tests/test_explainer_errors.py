@@ -267,7 +267,7 @@ def test_out_of_memory_says_what_to_turn_on(raised: Exception, call: str, monkey
     with pytest.raises(OutOfMemoryError) as caught:
         {"explain": ours, "generate": lambda text: ours(text, generate=2), "audit": ours.audit}[call](TEXT)
     message = str(caught.value)
-    for part in ("out of memory", "fewer texts at a time", "bfloat16", "a shorter text", "--device"):
+    for part in ("out of memory", "fewer inputs at a time", "bfloat16", "a shorter text", "--device"):
         assert part in message
     assert (str(raised).split("\n")[0] or "MemoryError") in message
     assert isinstance(caught.value, MemoryError)

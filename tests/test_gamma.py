@@ -70,7 +70,7 @@ def test_a_search_goes_on_and_is_saved(
     def fail(*args: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(gamma.Propagated, "__call__", fail)
+    monkeypatch.setattr(gamma.Gammas, "__call__", fail)
     again = search(model, samples, journal=tmp_path / "journal.jsonl")
     assert (again.best, again.area, again.tried) == (first.best, first.area, first.tried)
     first.save(tmp_path / "found.json")

@@ -20,6 +20,7 @@ from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
+    from attnlrp.gamma import Search
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.ledger import Ledger
 
@@ -224,7 +225,8 @@ def image(
         chosen = PRESETS["vit" if rules is None else rules.value]
         explainer = ImageExplainer.from_pretrained(model, rules=chosen, device=device, dtype=dtype, report=report)
         if gamma != "paper":
-            explainer.rules = _gammas(gamma, explainer, images or photo, seconds, gamma_out, report)
+            search = _gammas(gamma, explainer, images or photo, seconds, gamma_out, report)
+            explainer.rules, explainer.rules_name = search.rules, f"gamma ({search.best})"
         report("explaining")
         targets = [t for t in map(_number, target or []) if t is not None]
         explanation = explainer(photo, target=targets or None, top=top, against=_number(against), texts=text)
@@ -344,13 +346,15 @@ def _explainer(
     return Explainer.from_pretrained(model, **options, device=device, dtype=dtype, report=report)
 
 
-def _gammas(gamma: str, explainer: ImageExplainer, source: Path, seconds: float, out: Path | None, report: Any) -> Any:
-    """The rules of a file of a search, or of a search on an image or a folder of images."""
+def _gammas(
+    gamma: str, explainer: ImageExplainer, source: Path, seconds: float, out: Path | None, report: Any
+) -> Search:
+    """A search that was saved, or a new one on an image or a folder of images."""
     from attnlrp.evaluation.image_data import files_of
     from attnlrp.gamma import Search, search_images
 
     if gamma != "auto":
-        return Search.load(gamma).rules
+        return Search.load(gamma)
 
     def told(done: int, total: int, last: str) -> None:
         report(f"trying gammas, {done} of at most {total}: {last}")
@@ -359,7 +363,7 @@ def _gammas(gamma: str, explainer: ImageExplainer, source: Path, seconds: float,
     errors.print(escape(found.summary), highlight=False)
     if out is not None:
         found.save(out)
-    return found.rules
+    return found
 
 
 @contextmanager

@@ -40,6 +40,7 @@ class ImageExplainer:
             image with texts (CLIP, SigLIP); neither it nor its parameters are changed.
         processor: its image processor; for a model that compares with texts, its processor.
         rules: table of rules.
+        rules_name: what to call it in explanations; default: its name if it is a preset.
         name: name of the model to keep with its explanations.
 
     Raises:
@@ -50,7 +51,15 @@ class ImageExplainer:
         >>> explainer("cat.jpg", top=3).save("cat.png")
     """
 
-    def __init__(self, model: Any, processor: Any, *, rules: Rules = VIT, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        rules: Rules = VIT,
+        rules_name: str | None = None,
+        name: str | None = None,
+    ) -> None:
         self.task = models.task_of(model)
         if self.task not in models.IMAGE_TASKS:
             raise ModelError(
@@ -58,6 +67,8 @@ class ImageExplainer:
                 "texts are explained by attnlrp.Explainer (attnlrp explain)"
             )
         self.model, self.processor, self.rules = model, processor, rules
+        preset = next((name for name, table in PRESETS.items() if table is rules), "custom")
+        self.rules_name = rules_name or preset
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._accepted = set(inspect.signature(models.unwrapped(model).forward).parameters)
 
@@ -125,7 +136,7 @@ class ImageExplainer:
             size=picture.size,
             notes=notes,
             model=self.name,
-            rules=next((name for name, rules in PRESETS.items() if rules is self.rules), "custom"),
+            rules=self.rules_name,
             task=self.task,
             version=__version__,
         )

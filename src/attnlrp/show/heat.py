@@ -94,45 +94,48 @@ def figure(explanation: ImageExplanation) -> Figure:
     """
     from attnlrp.show import image
 
-    drawing = image.empty()
-    rows, (high, wide) = len(explanation.targets), explanation.picture.shape[:2]
-    panel_height = _PANEL * min(max(high / wide, 0.25), 4.0)
-    line = _TITLE + panel_height + 0.25
-    notes = [_read(explanation), *explanation.notes]
-    width = 2 * _LEFT + 3 * _PANEL + 2 * _GAP
-    height = _HEAD + rows * line + _FOOT + 0.16 * len(notes)
+    drawing, (high, wide) = image.empty(), explanation.picture.shape[:2]
+    panel = _PANEL * min(max(high / wide, 0.25), 4.0)
+    notes, line = [_read(explanation), *explanation.notes], _TITLE + panel + 0.25
+    foot = _HEAD + len(explanation.targets) * line
+    width, height = 2 * _LEFT + 3 * _PANEL + 2 * _GAP, foot + _FOOT + 0.16 * len(notes)
     drawing.set_size_inches(width, height)
 
-    def write(x: float, y: float, words: str, size: float, **style: Any) -> None:
+    def write(x: float, y: float, words: str, size: float = 7.0, **style: Any) -> None:
+        style = {"color": image.MUTED} | style
         drawing.text(x / width, 1 - y / height, image.drawable(words), **image.font(size) | style)
 
-    write(_LEFT, 0.3, heading(explanation), 8.0, color=image.MUTED)
+    def place(x: float, y: float, across: float, down: float, pixels: np.ndarray, **how: Any) -> None:
+        axes = drawing.add_axes((x / width, 1 - (y + down) / height, across / width, down / height))
+        axes.imshow(pixels, interpolation="nearest", **how)
+        axes.set_axis_off()
+
+    write(_LEFT, 0.3, heading(explanation), 8.0)
     for k, target in enumerate(explanation.targets):
-        made = panels(explanation, k)
         top = _HEAD + k * line
-        write(_LEFT, top + 0.28, text.label(target.token, width=60), 12.0, fontweight="bold")
-        write(_LEFT, top + 0.5, " · ".join(facts(target)), 8.0)
-        captions = (
-            "as the model reads it",
-            f"pixels: ±{made.pixel_end:.3g} {target.unit} ({_QUANTILE:.1%} of them)",
-            f"patches of {explanation.patch}: ±{made.patch_end:.3g} {target.unit}",
-        )
-        for column, picture in enumerate((explanation.picture.numpy(), made.pixels, made.overlay)):
+        write(_LEFT, top + 0.28, text.label(target.token, width=60), 12.0, color=colours.ink(), fontweight="bold")
+        write(_LEFT, top + 0.5, " · ".join(facts(target)), 8.0, color=colours.ink())
+        for column, (pixels, caption) in enumerate(_captioned(explanation, k)):
             x, y = _LEFT + column * (_PANEL + _GAP), top + _TITLE
-            corner = x / width, 1 - (y + panel_height) / height
-            axes = drawing.add_axes((*corner, _PANEL / width, panel_height / height))
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_axis_off()
-            write(x, y + panel_height + 0.14, captions[column], 7.0, color=image.MUTED)
+            place(x, y, _PANEL, panel, pixels)
+            write(x, y + panel + 0.14, caption)
     for k, note in enumerate(notes):
-        write(_LEFT, _HEAD + rows * line + 0.16 * (k + 1), note, 7.0, color=image.MUTED)
-    left, right, y = _LEFT + 2 * (_PANEL + _GAP), width - _LEFT, _HEAD + rows * line + 0.16
-    write(left, y, "against", 7.0, color=image.MUTED)
-    write(right, y, "for the target", 7.0, color=image.MUTED, horizontalalignment="right")
-    strip = drawing.add_axes(((left + 0.5) / width, 1 - y / height, (right - left - 1.35) / width, 0.08 / height))
-    strip.imshow(_table()[None] / 255, aspect="auto")
-    strip.set_axis_off()
+        write(_LEFT, foot + 0.16 * (k + 1), note)
+    left, right = _LEFT + 2 * (_PANEL + _GAP), width - _LEFT
+    write(left, foot + 0.16, "against")
+    place(left + 0.5, foot + 0.08, right - left - 1.35, 0.08, _table()[None] / 255, aspect="auto")
+    write(right, foot + 0.16, "for the target", horizontalalignment="right")
     return drawing
+
+
+def _captioned(explanation: ImageExplanation, target: int) -> list[tuple[np.ndarray, str]]:
+    """The three pictures of a target, and what they are."""
+    made, unit = panels(explanation, target), explanation.targets[target].unit
+    return [
+        (explanation.picture.numpy(), "as the model reads it"),
+        (made.pixels, f"pixels: ±{made.pixel_end:.3g} {unit} ({_QUANTILE:.1%} of them)"),
+        (made.overlay, f"patches of {explanation.patch}: ±{made.patch_end:.3g} {unit}"),
+    ]
 
 
 def page(explanation: ImageExplanation) -> str:
@@ -185,7 +188,7 @@ def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None 
 
 def heading(explanation: ImageExplanation) -> str:
     """Where the numbers come from: model, rules, version."""
-    model, rules = text.label(explanation.model, width=80), text.label(explanation.rules)
+    model, rules = text.label(explanation.model, width=80), text.label(explanation.rules, width=100)
     return f"{model} · rules {rules} · attnlrp {explanation.version}"
 
 
@@ -229,11 +232,10 @@ def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
 def _context(explanation: ImageExplanation) -> dict[str, Any]:
     from attnlrp.show import html
 
-    ends = colours.scale(-1), colours.scale(0), colours.scale(1)
+    ends = colours.scale(-1.0), colours.scale(0.0), colours.scale(1.0)
     style = html.environment().get_template("image.css").render(ends=ends, inks=(colours.ink(), colours.ink(dark=True)))
     targets = []
     for k, target in enumerate(explanation.targets):
-        made = panels(explanation, k)
         found = explanation.top(_TOP, target=k)
         numbers = text.column([value for *_, value in found])
         targets.append(
@@ -241,11 +243,7 @@ def _context(explanation: ImageExplanation) -> dict[str, Any]:
                 "label": text.label(target.token, width=60),
                 "facts": facts(target),
                 "runners_up": text.runners_up(target),
-                "pictures": [
-                    (_uri(explanation.picture.numpy()), "as the model reads it"),
-                    (_uri(made.pixels), f"relevance of each pixel, ±{made.pixel_end:.3g} ({_QUANTILE:.1%} of them)"),
-                    (_uri(made.overlay), f"relevance of patches of {explanation.patch}, ±{made.patch_end:.3g}"),
-                ],
+                "pictures": [(_uri(pixels), caption) for pixels, caption in _captioned(explanation, k)],
                 "top": [(row, column, number) for (row, column, _), number in zip(found, numbers, strict=True)],
                 "balance": balance(explanation, k),
             }
