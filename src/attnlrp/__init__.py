@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.image_explanation import ImageExplanation
     from attnlrp.ledger import Ledger, audit
-    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP
+    from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP, VIT_DINOV2
     from attnlrp.targets import OTHERS, Continuation
 
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ _HOMES = {
     "UnknownOperationError": "errors",
     "VIT": "rules",
     "VIT_CP": "rules",
+    "VIT_DINOV2": "rules",
     "audit": "ledger",
     "propagate": "engine",
     "search_gamma": "gamma",
@@ -66,6 +67,7 @@ __all__ = [
     "OTHERS",
     "VIT",
     "VIT_CP",
+    "VIT_DINOV2",
     "AttnLRPError",
     "Continuation",
     "Explainer",

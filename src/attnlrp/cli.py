@@ -65,6 +65,7 @@ class Preset(str, enum.Enum):
     mamba_lrp = "mamba-lrp"
     vit = "vit"
     vit_cp = "vit-cp"
+    vit_dinov2 = "vit-dinov2"
     gradient = "gradient"
     softmax_identity = "softmax-identity"
     softmax_distribute = "softmax-distribute"

@@ -51,6 +51,7 @@ __all__ = [
     "SOFTMAX_OMIT",
     "VIT",
     "VIT_CP",
+    "VIT_DINOV2",
     "Layer",
     "Rule",
     "Rules",
@@ -434,12 +435,16 @@ VIT: Rules = composite(conv=0.25, mlp=0.05)
 VIT_CP: Rules = composite(conv=0.25, mlp=0.05, attention="cp")
 """The paper's best composite for vision transformers (appendix B), and the same with constant attention weights."""
 
+VIT_DINOV2: Rules = composite(mlp=0.1, qkv=0.05, attention="z+")
+"""Found by `search_gamma` for DINOv2 ViT-S/14 on 24 training images of ten classes (benchmarks/results/gammas.json)."""
+
 PRESETS: dict[str, Rules] = {
     "attnlrp": ATTNLRP,
     "cp-lrp": CP_LRP,
     "mamba-lrp": MAMBA_LRP,
     "vit": VIT,
     "vit-cp": VIT_CP,
+    "vit-dinov2": VIT_DINOV2,
     "gradient": GRADIENT,
     "softmax-identity": SOFTMAX_IDENTITY,
     "softmax-distribute": SOFTMAX_DISTRIBUTE,
