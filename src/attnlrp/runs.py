@@ -330,6 +330,8 @@ def _usable(model: Any, tokenizer: Any, setup: Setup) -> list[data.Record]:
     """The records that the model can be evaluated on."""
     if _sees(model):
         return _images(model, setup)
+    if setup.kind == "localisation":
+        raise InputError(f"localisation: got a model for {task_of(model)}, expected one for image-classification")
     records = data.read(setup.source, seed=setup.seed)
     asks = bool(records) and "question" in records[0]
     _maker(model, asks, setup)
@@ -370,8 +372,6 @@ def _maker(model: Any, asks: bool, setup: Setup) -> Callable[..., Sample]:
     if setup.kind == "qa" and not asks:
         what = "images" if _sees(model) else "texts"
         raise InputError(f"{setup.source}: got {what}, expected records with question, context and answers")
-    if setup.kind == "localisation" and not _sees(model):
-        raise InputError(f"localisation: got a model for {task}, expected one for image-classification")
     makers: dict[tuple[str, bool], Callable[..., Sample]] = {
         ("causal-lm", False): partial(samples.next_token, length=setup.length),
         ("causal-lm", True): samples.question,
