@@ -1,4 +1,4 @@
-"""What one row must show: unchanged forward, closed books under ATTNLRP, conservation under CP_LRP."""
+"""What one row must show: unchanged forward, closed books under ATTNLRP (VIT too), conservation under CP_LRP."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def check(result: Result, model: nn.Module, inputs: dict[str, Any]) -> None:
     if not conserved.error <= CONSERVED:
         result.outcome, result.reason = "CP-LRP not conserved", f"error {conserved.error:.1e}"
         return
+    if result.task == "image-classification":
+        vision = audit(model, inputs, attnlrp.VIT, ledger.dtype)
+        if not vision.closes:
+            result.outcome, result.reason = "leak under VIT", describe(vision)
+            return
     # in float32 on both sides, so that what is compared is the way of computing it and not its precision
     ledger = ledger if ledger.dtype == torch.float32 else audit(model, inputs, attnlrp.ATTNLRP, torch.float32)
     difference = abs(explained(model, inputs) - sum(ledger.inputs.values())) / ledger.scale

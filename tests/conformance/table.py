@@ -17,7 +17,7 @@ Written by `python -m tests.conformance.run`, with transformers {transformers} a
 Every model type that transformers maps to the tasks below is built tiny, with random weights, from its configuration, and must
 show five things: the forward pass is the same under the rules (1e-6 relative, float32); no operation is without a rule; under
 `ATTNLRP` every operation of the ledger balances, to 1e-9 in float64, or to 1e-4 where the model's own code or kernels insist on
-float32; under `CP_LRP` relevance of the inputs and what is absorbed add up to the explained logit to 1e-3; and `propagate` in float32, with fused
+float32, and so under `VIT` for image classifiers; under `CP_LRP` relevance of the inputs and what is absorbed add up to the explained logit to 1e-3; and `propagate` in float32, with fused
 kernels, gives the inputs the relevance that the ledger has entered.
 
 The columns after the dtype are parts of the explained logit, and sum to 1: what reaches the inputs (token embeddings, pixels,
