@@ -61,6 +61,12 @@ def test_a_single_pixel_does_not_hide_the_others() -> None:
     assert "99.9%" in heat.page(explanation(relevance))
 
 
+def test_a_single_patch_does_not_hide_the_others() -> None:
+    relevance = torch.ones(1, 40, 40)
+    relevance[0, :2, :2] = 1e6
+    assert heat.panels(explanation(relevance)).patch_end == 4.0
+
+
 def test_weak_patches_let_the_picture_through() -> None:
     relevance = torch.zeros(1, 4, 4)
     relevance[0, :2, :2], relevance[0, 2:, 2:] = 0.25, -0.125

@@ -1,9 +1,9 @@
 """Heat maps of images: figure, HTML page, notebook, terminal.
 
 Each target has a line of three panels: what the model reads; relevance of each pixel; relevance of each patch over the
-picture in grey, where the weaker a patch is, the more of the picture shows. Both maps go from -limit to +limit. Single
-pixels can be many times as relevant as all others, so colours of the pixel map end at a quantile, which is written
-under it.
+picture in grey, where the weaker a patch is, the more of the picture shows. Both maps go from -limit to +limit. A few
+pixels or patches can be many times as relevant as all others, so colours end at a quantile, which is written under
+each map.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["figure", "fragment", "page", "panels", "render", "save", "show"]
 
-_QUANTILE = 0.999  # of the magnitudes of pixels: where the colours of their map end
+_PIXELS, _PATCHES = 0.999, 0.99  # quantiles of the magnitudes, where the colours of the maps end
 _STEPS = 128  # colours on each side of zero
 _OPAQUE = 0.85  # of the strongest patch over the picture
 _PANEL, _GAP, _LEFT, _TITLE, _HEAD, _FOOT = 2.6, 0.15, 0.25, 0.6, 0.35, 0.3  # inch
@@ -55,7 +55,7 @@ class Panels(NamedTuple):
 def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
     """The pictures of one target."""
     relevance, patches = explanation.relevance[target].float(), explanation.patches[target].float()
-    pixel_end, patch_end = _quantile(relevance.abs()), patches.abs().max().item()
+    pixel_end, patch_end = _quantile(relevance, _PIXELS), _quantile(patches, _PATCHES)
     height, width = relevance.shape
     spread = patches.repeat_interleave(explanation.patch, 0).repeat_interleave(explanation.patch, 1)[:height, :width]
     strength = (spread / (patch_end or 1.0)).clamp(-1, 1)
@@ -133,8 +133,8 @@ def _captioned(explanation: ImageExplanation, target: int) -> list[tuple[np.ndar
     made, unit = panels(explanation, target), explanation.targets[target].unit
     return [
         (explanation.picture.numpy(), "as the model reads it"),
-        (made.pixels, f"pixels: ±{made.pixel_end:.3g} {unit} ({_QUANTILE:.1%} of them)"),
-        (made.overlay, f"patches of {explanation.patch}: ±{made.patch_end:.3g} {unit}"),
+        (made.pixels, f"pixels: ±{made.pixel_end:.3g} {unit} ({_PIXELS:.1%} of them)"),
+        (made.overlay, f"patches of {explanation.patch}: ±{made.patch_end:.3g} {unit} ({_PATCHES:.0%} of them)"),
     ]
 
 
@@ -279,7 +279,7 @@ def _coloured(values: torch.Tensor, end: float) -> np.ndarray:
     return pixels
 
 
-def _quantile(magnitudes: torch.Tensor) -> float:
-    """The value that a share _QUANTILE of the pixels does not exceed."""
-    values = magnitudes.flatten().sort().values
-    return values[min(len(values) - 1, int(_QUANTILE * len(values)))].item()
+def _quantile(values: torch.Tensor, share: float) -> float:
+    """The magnitude that this share of the values does not exceed."""
+    found = values.abs().flatten().sort().values
+    return found[min(len(found) - 1, int(share * len(found)))].item()
