@@ -82,6 +82,11 @@ def test_gammas_are_searched_kept_and_used_again(run: Run, root: Path, tmp_path:
     assert searched.status == 0, searched.err
     assert "gammas: conv 0.25, mlp 0.05" in searched.err
     assert "the budget ended before the search" in searched.err
+    assert "on 2 images: conv 0.25" in searched.err
+    journal = (tmp_path / "gammas.json.jsonl").read_text().splitlines()
+    assert len(journal) == 1 + 2
+    assert run(*common, *asked).status == 0
+    assert (tmp_path / "gammas.json.jsonl").read_text().splitlines() == journal, "measured again"
     search = Search.load(kept)
     assert search.images == 2
     again = run(*common, "--gamma", kept)

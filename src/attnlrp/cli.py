@@ -195,7 +195,11 @@ def image(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Budget of --gamma auto.")] = 300.0,
     gamma_out: Annotated[
-        Path | None, typer.Option(help="Keep what --gamma auto found, for --gamma FILE.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Keep what --gamma auto found, for --gamma FILE; the same command goes on from FILE.jsonl.",
+            show_default=False,
+        ),
     ] = None,
     rules: Annotated[
         Preset | None, typer.Option("--rules", help="Table of rules instead of gammas.", show_default=False)
@@ -360,7 +364,8 @@ def _gammas(
     def told(done: int, total: int, last: str) -> None:
         report(f"trying gammas, {done} of at most {total}: {last}")
 
-    found = search_images(explainer.model, explainer.processor, files_of(source), seconds=seconds, progress=told)
+    options: Any = {"seconds": seconds, "journal": out and out.with_name(f"{out.name}.jsonl"), "progress": told}
+    found = search_images(explainer.model, explainer.processor, files_of(source), **options)
     errors.print(escape(found.summary), highlight=False)
     if out is not None:
         found.save(out)

@@ -36,6 +36,7 @@ FINER: dict[str, tuple[float, ...]] = {
     "head": (0.0, 0.25),
 }
 """Fine stage: one role after the other, from the best of the coarse stage."""
+SHOWN = 5  # of what was tried, in a summary
 KEPT = 4  # of the coarse stage that are measured again on all images
 
 
@@ -66,11 +67,15 @@ class Search:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
-        error = "" if self.area.standard_error is None else f" ± {self.area.standard_error:.3f}"
-        area = f"area {self.area.mean:.3f}{error} on {self.images} {'image' if self.images == 1 else 'images'}"
+        """What was found, and the best of what was tried on the most images, as lines for people."""
         end = "" if self.complete else ", the budget ended before the search"
-        return f"gammas: {self.best}; {area}; {len(self.tried)} tried in {self.seconds:.0f} s{end}"
+        lines = [f"gammas: {self.best}; {len(self.tried)} tried in {self.seconds:.0f} s{end}"]
+        last = [t for t in self.tried if t["images"] == self.images]
+        for one in sorted(last, key=lambda t: -t["mean"])[:SHOWN]:
+            error = "" if one["standard_error"] is None else f" ± {one['standard_error']:.3f}"
+            count = f"{self.images} image" if self.images == 1 else f"{self.images} images"
+            lines.append(f"  area {one['mean']:.3f}{error} on {count}: {Gammas(**one['gammas'])}")
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write JSON, which `Search.load` and `attnlrp image --gamma FILE` read."""
@@ -157,6 +162,7 @@ def search_images(
     images: Sequence[Picture | Packed],
     *,
     seconds: float | None = None,
+    journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Search:
     """`search_gamma` on image files: zero takes the place of squares of `square_of`.
@@ -166,6 +172,7 @@ def search_images(
         processor: its image processor.
         images: file names, PIL images, or files inside of a zip file.
         seconds: budget; None for no limit.
+        journal: file of per-image results, which a later search on the same images continues.
         progress: called after each gammas with what is done, of at most how many, and the last.
 
     Raises:
@@ -175,7 +182,7 @@ def search_images(
         raise InputError(f"gamma: got a model for {task_of(model)}, expected one for image-classification; give a file")
     perturbation = PixelPerturbation(model, patch=square_of(model))
     samples = [image_classified(model, processor, {"image": x}, name=f"{k} {x}") for k, x in enumerate(images)]
-    return search_gamma(samples, perturbation, seconds=seconds, progress=progress)
+    return search_gamma(samples, perturbation, seconds=seconds, journal=journal, progress=progress)
 
 
 class _Run:
