@@ -221,3 +221,24 @@ def assert_roles(model: nn.Module, but: tuple[str, ...] = ()) -> None:
             for role, names in parts.items():
                 if last in names.split():
                     assert roles[-1] == role, (path, roles)
+
+
+def test_gamma_keeps_no_second_copy_of_the_weights() -> None:
+    layer = nn.Linear(64, 256).requires_grad_(False)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    kept: set[int] = set()
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.update([saved.data_ptr()] if saved.numel() == layer.weight.numel() else [])
+        return saved
+
+    with (
+        propagate(layer, {**ATTNLRP, "linear": gamma(0.25)}),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+    ):
+        y = layer(x)
+    assert kept == {layer.weight.data_ptr()}
+    (found,) = torch.autograd.grad(y.sum(), x)
+    with torch.no_grad():
+        a, b = gamma(0.25)._factors(layer(x), F.linear(x.abs(), layer.weight.abs(), layer.bias.abs()))
+    assert_close(found, a @ layer.weight + x.sign() * (b @ layer.weight.abs()))

@@ -38,7 +38,7 @@ class gamma:
 
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _require_one(args, kwargs)
-        z, m = op(*args, **kwargs), _at(_absolute, op, args, kwargs)
+        z, m = op(*args, **kwargs), _magnitude(op, args, kwargs)
         with torch.no_grad():
             factors = self._factors(z, m)
         return Split.on(z.detach(), z, m, *factors)
@@ -105,6 +105,34 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def _absolute(value: Any) -> Any:
     return value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _magnitude(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The layer at absolute values; those of its weight are computed again in the backward pass instead of kept."""
+    if torch.compiler.is_compiling():  # the compiler decides what is kept
+        return _at(_absolute, op, args, kwargs)  # type: ignore[no-any-return]
+    weights: dict[int, Tensor] = {}
+
+    def absolute(value: Any) -> Any:
+        made = _absolute(value)
+        if made is not value and not live(value):
+            weights[made.data_ptr()] = value
+        return made
+
+    def pack(saved: Tensor) -> Any:
+        weight = weights.get(saved.data_ptr())
+        if weight is None or saved.numel() != weight.numel():
+            return saved
+        return weight, saved.shape, saved.stride()  # such as its transpose
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        weight, shape, stride = kept
+        return weight.abs().as_strided(shape, stride)  # type: ignore[no-any-return]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return _at(absolute, op, args, kwargs)  # type: ignore[no-any-return]
 
 
 def _part(of_input: int, of_weight: int, of_bias: int) -> Callable[[Any], Any]:
