@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -207,3 +208,22 @@ def test_each_role_is_found_in_each_library(reference: Any) -> None:
         for role in ("conv", "mlp", "qkv", "out", "head"):
             assert not torch.allclose(relevance(model, composite(**{role: 1.0}))[1], plain), role
     assert Layer("*.in_proj*", optional=True) in EVERY
+
+
+def test_dinov3_which_has_no_classifier() -> None:
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": INNER,
+    }
+    config = transformers.DINOv3ViTConfig(**sizes, image_size=SIZE, patch_size=PATCH, num_register_tokens=2)
+    torch.manual_seed(0)
+    model = transformers.DINOv3ViTModel(config).double().eval()
+    pixels = torch.randn(1, 3, SIZE, SIZE, dtype=torch.float64).requires_grad_()
+    for rules in (VIT, VIT_DINOV2):
+        ledger = attnlrp.audit(
+            model, {"pixel_values": pixels}, target=lambda out: out.pooler_output[0].square().sum(), rules=rules
+        )
+        assert ledger.closes, ledger.leaks()
+        assert ledger.inputs["pixel_values"] != 0
