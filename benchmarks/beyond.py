@@ -27,7 +27,7 @@ from attnlrp.methods import Propagated
 from attnlrp.rules import ATTNLRP, CP_LRP, Rules, constant
 from speed import machine, packaged_smollm2
 
-LENGTH, STEPS, TUNE, KEPT, FEW, CHOSEN, REVIEWS = 48, 12, 100, 9, 40, 2, 200
+LENGTH, STEPS, TUNE, KEPT, FEW, CHOSEN, REVIEWS = 48, 12, 100, 9, 40, 3, 200
 Target = Callable[[Any], Tensor]
 
 
