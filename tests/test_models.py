@@ -126,7 +126,7 @@ def test_loading_leaves_the_logging_of_transformers_alone(folders: dict[str, Pat
 
 # --- folders that lack something ----------------------------------------------------------------------------------
 
-EXPECTED = r"expected a folder with config\.json, model\.safetensors and tokenizer files, a \.gguf file, or the name of"
+EXPECTED = r"expected a folder with config\.json, model\.safetensors and the files of its tokenizer or image processor, a \.gguf file, or the name of"
 
 
 def refused(folder: Path, match: str, capfd: pytest.CaptureFixture[str] | None = None) -> str:
