@@ -312,7 +312,7 @@ def test_memory_that_runs_out_is_status_1(explain: Run, monkeypatch: pytest.Monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(transformers.GPT2Model, "forward", fail)
-    failed(explain(TEXT), 1, "out of memory: explain fewer texts at a time")
+    failed(explain(TEXT), 1, "out of memory: explain fewer inputs at a time")
 
 
 # --- audit, models, help --------------------------------------------------------------------------------------------
