@@ -25,36 +25,45 @@ if TYPE_CHECKING:
     from attnlrp.gamma import search_gamma
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.image_explanation import ImageExplanation
+    from attnlrp.intervention import Add, Clamp, Direction, Scale, Set, intervene
     from attnlrp.ledger import Ledger, audit
     from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP, VIT_DINOV2
-    from attnlrp.targets import OTHERS, Continuation
+    from attnlrp.targets import OTHERS, Continuation, Head, Neuron
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ATTNLRP": "rules",
+    "Add": "intervention",
     "AttnLRPError": "errors",
     "CP_LRP": "rules",
+    "Clamp": "intervention",
     "Continuation": "targets",
+    "Direction": "intervention",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "GRADIENT": "rules",
+    "Head": "targets",
     "ImageExplainer": "image_explainer",
     "ImageExplanation": "image_explanation",
     "InputError": "errors",
     "Ledger": "ledger",
     "MAMBA_LRP": "rules",
     "ModelError": "errors",
+    "Neuron": "targets",
     "NumericalError": "errors",
     "OTHERS": "targets",
     "OutOfMemoryError": "errors",
     "Propagation": "engine",
+    "Scale": "intervention",
+    "Set": "intervention",
     "TargetError": "errors",
     "UnknownOperationError": "errors",
     "VIT": "rules",
     "VIT_CP": "rules",
     "VIT_DINOV2": "rules",
     "audit": "ledger",
+    "intervene": "intervention",
     "propagate": "engine",
     "search_gamma": "gamma",
 }
@@ -68,23 +77,31 @@ __all__ = [
     "VIT",
     "VIT_CP",
     "VIT_DINOV2",
+    "Add",
     "AttnLRPError",
+    "Clamp",
     "Continuation",
+    "Direction",
     "Explainer",
     "Explanation",
+    "Head",
     "ImageExplainer",
     "ImageExplanation",
     "InputError",
     "Ledger",
     "ModelError",
+    "Neuron",
     "NumericalError",
     "OutOfMemoryError",
     "Propagation",
+    "Scale",
+    "Set",
     "TargetError",
     "UnknownOperationError",
     "__version__",
     "audit",
     "evaluate",
+    "intervene",
     "propagate",
     "search_gamma",
 ]

@@ -15,17 +15,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlrp import __version__, checkpoint, models
-from attnlrp.columns import Columns, arrange, widen
+from attnlrp.columns import Columns, arrange
 from attnlrp.contexts import explaining
 from attnlrp.engine import propagate
 from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
 from attnlrp.images import MergedInputs, Picture, read_images
+from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
+from attnlrp.readout import Outputs
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
-from attnlrp.targets import OTHERS, Continuation, Output, Scalar, Target
-from attnlrp.tasks import LOGITS, TASKS, Question, Request, Slot, pad_of
+from attnlrp.targets import OTHERS, Continuation, Head, Neuron, Output, Scalar, Target
+from attnlrp.tasks import TASKS, Question, Request, Slot, pad_of
 from attnlrp.tokens import pieces, words
+from attnlrp.units import Site, Unit, find_sites
 
 __all__ = ["Explainer"]
 
@@ -46,6 +49,9 @@ class _Options(TypedDict, total=False):
     chat: bool
     output: Output
     temperature: float
+    latent: str | Sequence[str]
+    latent_top: int | None
+    through: Unit | Sequence[Unit]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class _Form:
     against: str | int | None
     output: Output
     temperature: float
+    wanted: Wanted
 
 
 class Explainer:
@@ -90,6 +97,7 @@ class Explainer:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
         self.tokenizer = tokenizer if processor is None else processor.tokenizer
+        self._sites: tuple[Site, ...] | None = None
         self._accepted = set(inspect.signature(models.unwrapped(model).forward).parameters)
         self._task = TASKS[self.task](model, self.tokenizer, processor, self._check_length)
 
@@ -126,6 +134,9 @@ class Explainer:
         chat: bool = False,
         output: Output = "logit",
         temperature: float = 1.0,
+        latent: str | Sequence[str] = (),
+        latent_top: int | None = 32,
+        through: Unit | Sequence[Unit] = (),
     ) -> Explanation | list[Explanation]:
         """Explain one text, or a batch of texts (each as if it were alone; padding gets nothing).
 
@@ -133,8 +144,9 @@ class Explainer:
             text: the prompt, or a list of them; a conversation (list of {"role": ..., "content": ...}) for a model
                 with a chat template; the question for extractive question answering.
             target: the output to explain: text or index of a token, name or index of a class, an answer out of
-                `context`, a `Continuation` for the sum over several tokens; None for the model's own prediction. A
-                list gives one row each (an answer gives two: its start and its end).
+                `context`, a `Continuation` for the sum over several tokens, a `Neuron` for what it computes at
+                `position` (default of a text with one output: where it is the most active); None for the model's own
+                prediction. A list gives one row each (an answer gives two: its start and its end).
             against: an output to compare with (the difference of logits is explained), or `attnlrp.OTHERS`.
             position: token whose output is explained, negative from the end; default: the last for next tokens, the
                 masks, the tokens of a class other than "O". A list gives one row each.
@@ -145,6 +157,11 @@ class Explainer:
             chat: put the text into the model's chat template, as what the user says.
             output: "logit", or "probability" for the softmax output.
             temperature: of that softmax; above 1 where the softmax is saturated.
+            latent: record relevance inside the model, as `Explanation.latent`: any of "neurons", "heads", "residual"
+                (the stream before, between and after the parts of each layer) and "attention" (the weights).
+            latent_top: neurons that are kept of each layer; None for all.
+            through: units, such as "layers.17.mlp:3948" or `Neuron(17, 3948)`, that relevance must go through to reach
+                the input; of several layers, through each of them.
 
         Returns:
             An explanation, or a list of them for a list of texts.
@@ -159,7 +176,9 @@ class Explainer:
         single = isinstance(text, str) or not isinstance(text, Iterable) or _is_conversation(text)
         texts: list[Any] = [text] if single else list(text)
         targets: list[Any] = list(target) if isinstance(target, (list, tuple)) else [target]
-        form = _Form(against, output, temperature)
+        units = (through,) if isinstance(through, (str, Neuron, Head)) else tuple(through)
+        kinds = (latent,) if isinstance(latent, str) else tuple(latent)
+        form = _Form(against, output, temperature, Wanted(kinds, latent_top, units))
         asked = {"position": position, "generate": generate, "context": context, "prefix": prefix, "image": image}
         self._check(texts, targets, form, asked | {"chat": chat})
         contexts = [context] * len(texts) if context is None or isinstance(context, str) else list(context)
@@ -189,11 +208,11 @@ class Explainer:
         """Account for every unit of relevance of one explanation, its first row. See `attnlrp.audit`."""
 
         def explained(output: Any) -> Tensor:
-            outputs = _Outputs(output, 0, kept, request)
+            outputs = Outputs(output, 0, kept, request)
             slots = request.rows[0]
             return _total(slots, [self._scalar(slot, outputs, request, form) for slot in slots], outputs)
 
-        form, chat = _Form(None, "logit", 1.0), chat or _is_conversation(text)
+        form, chat = _Form(None, "logit", 1.0, Wanted()), chat or _is_conversation(text)
         self._check([text], [target], form, {"context": context, "prefix": prefix, "image": image, "chat": chat})
         question = Question(text, [target], context=context, prefix=prefix, images=read_images(image), chat=chat)
         with explaining():
@@ -246,11 +265,13 @@ class Explainer:
 
     def _explain(self, requests: list[Request], form: _Form) -> list[Explanation]:
         inputs, kept = self._inputs(requests)
+        neurons = [slot.target for r in requests for row in r.rows for slot in row if isinstance(slot.target, Neuron)]
+        inside = self._inside(inputs, form.wanted, neurons, len(requests))
         entry: AbstractContextManager[Any] = MergedInputs(self.model) if requests[0].extra else nullcontext()
         saving = checkpoint.checkpointed(self.model) if self.memory == "checkpoint" else nullcontext()
-        with propagate(self.model, self.rules) as propagation, saving, entry as entered:
+        with propagate(self.model, self.rules) as propagation, saving, entry as entered, inside or nullcontext():
             output = self.model(**inputs)
-            outputs = [_Outputs(output, k, kept, request) for k, request in enumerate(requests)]
+            outputs = [Outputs(output, k, kept, request, inside) for k, request in enumerate(requests)]
             scalars = [
                 [[self._scalar(slot, at, request, form) for slot in row] for row in request.rows]
                 for request, at in zip(requests, outputs, strict=True)
@@ -264,12 +285,19 @@ class Explainer:
             columns = arrange(propagation.embeddings, inputs["input_ids"], encoder_decoder=decoder, name=self.name)
         else:
             columns = [entered.columns(inputs["input_ids"], requests[0].segments)]
-        relevance = self._relevance(columns, values)
+        relevance = self._relevance(columns, values, inside)
         read = [self._read(k, request, columns, relevance) for k, request in enumerate(requests)]
         return [
             self._explanation(*everything, form)
             for everything in zip(requests, read, scalars, values, outputs, strict=True)
         ]
+
+    def _inside(self, inputs: dict[str, Any], wanted: Wanted, neurons: list[Neuron], batch: int) -> Inside | None:
+        if not (wanted or neurons):
+            return None
+        if self._sites is None:
+            self._sites = find_sites(self.model, inputs)
+        return Inside(self.model, self._sites, wanted, neurons, batch=batch)
 
     def _inputs(self, requests: list[Request]) -> tuple[dict[str, Any], dict[int, int]]:
         """Padded model inputs, and where each explained position is found in the logits.
@@ -299,8 +327,10 @@ class Explainer:
         length = max(map(len, rows))
         return torch.tensor([row + [fill] * (length - len(row)) for row in rows], device=self.model.device)
 
-    def _scalar(self, slot: Slot, outputs: _Outputs, request: Request, form: _Form) -> Scalar:
+    def _scalar(self, slot: Slot, outputs: Outputs, request: Request, form: _Form) -> Scalar:
         row = outputs(slot)
+        if isinstance(slot.target, Neuron):
+            return Scalar(slot.position, 0)
         if not torch.isfinite(row).all():
             raise NumericalError(
                 f"{self.name}: the logits hold NaN or infinite values in {self.model.dtype}; "
@@ -317,16 +347,14 @@ class Explainer:
 
     # --- relevance --------------------------------------------------------------------------------------------------
 
-    def _relevance(self, columns: list[Columns], values: list[list[Tensor]]) -> list[Tensor]:
+    def _relevance(self, columns: list[Columns], values: list[list[Tensor]], inside: Inside | None) -> list[Tensor]:
         """Relevance of each kind of column: (target, batch, token)."""
         leaves = [x for c in columns for x in c.leaves]
         count = max(map(len, values))
         result: list[list[Tensor]] = [[] for _ in columns]
         for k in range(count):
             total = torch.stack([own[k] for own in values if k < len(own)]).sum()
-            kept = k < count - 1
-            found = torch.autograd.grad(total, leaves, retain_graph=kept, allow_unused=True, materialize_grads=True)
-            gradients = iter(found)
+            gradients = iter(_gradients(total, leaves, k, inside, keep=k < count - 1))
             for rows, c in zip(result, columns, strict=True):
                 rows.append(c.relevance([next(gradients) for _ in c.leaves]))
         relevance = [torch.stack(rows).cpu() for rows in result]
@@ -353,7 +381,7 @@ class Explainer:
         read: _Read,
         scalars: list[list[Scalar]],
         values: list[Tensor],
-        outputs: _Outputs,
+        outputs: Outputs,
         form: _Form,
     ) -> Explanation:
         texts = pieces(self.tokenizer, read.ids)
@@ -374,14 +402,17 @@ class Explainer:
             rules=next((name for name, rules in PRESETS.items() if rules is self.rules), "custom"),
             task=self.task,
             version=__version__,
+            latent=outputs.latent(len(request.rows)),
         )
 
     def _target(
-        self, request: Request, slot: Slot, row: list[Scalar], value: float, outputs: _Outputs, form: _Form
+        self, request: Request, slot: Slot, row: list[Scalar], value: float, outputs: Outputs, form: _Form
     ) -> ExplainedTarget:
         def name(*ids: int) -> str:
             return self._task.name(ids, slot, request)
 
+        if isinstance(slot.target, Neuron):
+            return outputs.explained(slot.target, slot, value)
         first = row[0]
         at = outputs(slot).detach().float()
         best = at.topk(min(CANDIDATES, len(at)))
@@ -406,29 +437,15 @@ class _Read:
     relevance: Tensor
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """The outputs of one text of a batch; called with a slot: its logits (output,)."""
-
-    output: Any
-    row: int
-    kept: dict[int, int]
-    request: Request
-
-    def __call__(self, slot: Slot) -> Tensor:
-        return self.at(slot.head, slot.position)
-
-    def at(self, head: str, position: int | None) -> Tensor:
-        """The logits of a head at a position; None where the whole text has one output."""
-        logits: Tensor = getattr(self.output, head)[self.row]
-        if position is not None:
-            logits = logits[self.kept[position]]
-        elif head != LOGITS:  # an output for each token of the text, without its padding
-            logits = logits[: len(self.request.ids)]
-        return widen(logits)
+def _gradients(
+    total: Tensor, leaves: list[Tensor], target: int, inside: Inside | None, *, keep: bool
+) -> tuple[Tensor, ...]:
+    if inside is not None:
+        return inside.gradients(total, leaves, target)
+    return torch.autograd.grad(total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True)
 
 
-def _total(slots: list[Slot], scalars: list[Scalar], outputs: _Outputs) -> Tensor:
+def _total(slots: list[Slot], scalars: list[Scalar], outputs: Outputs) -> Tensor:
     return torch.stack([s.value(outputs(slot)) for slot, s in zip(slots, scalars, strict=True)]).sum()
 
 

@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnlrp.errors import InputError
+from attnlrp.latent import Latent, UnitRelevance
 
 __all__ = ["Candidate", "ExplainedTarget", "Explanation"]
 
@@ -81,6 +82,7 @@ class Explanation:
         rules: name of the rules.
         task: such as "causal-lm" or "sequence-classification".
         version: version of attnlrp that made it.
+        latent: relevance inside the model, if it was asked for.
     """
 
     tokens: tuple[str, ...]
@@ -94,6 +96,7 @@ class Explanation:
     rules: str
     task: str
     version: str
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.relevance.shape
@@ -129,10 +132,29 @@ class Explanation:
         """Relevance that reached the input, per target."""
         return tuple(self.relevance.double().sum(dim=1).tolist())
 
-    def top(self, count: int = 10, *, target: int = 0) -> list[tuple[int, str, float]]:
-        """The most relevant tokens by magnitude: (index, text, relevance), largest first."""
+    @overload
+    def top(self, kind: int = 10, *, target: int = 0) -> list[tuple[int, str, float]]: ...
+    @overload
+    def top(self, kind: str, count: int = 10, *, target: int = 0) -> list[UnitRelevance]: ...
+    def top(
+        self, kind: int | str = 10, count: int = 10, *, target: int = 0
+    ) -> list[tuple[int, str, float]] | list[UnitRelevance]:
+        """The most relevant by magnitude, largest first: tokens as (index, text, relevance), or units inside the model.
+
+        Args:
+            kind: number of tokens; or "neurons", "heads" and so on, see `Latent.top`.
+            count: number of units.
+            target: row of relevance.
+
+        Raises:
+            InputError: the units were not recorded.
+        """
+        if isinstance(kind, str):
+            if self.latent is None:
+                raise InputError(f"explanation.top: no {kind} were recorded; explain with latent=({kind!r},)")
+            return self.latent.top(kind, count, target=target)
         row = self.relevance[target]
-        order = row.abs().argsort(descending=True)[:count].tolist()
+        order = row.abs().argsort(descending=True)[:kind].tolist()
         return [(i, self.tokens[i], row[i].item()) for i in order]
 
     def merge_words(self) -> Explanation:
@@ -168,12 +190,14 @@ class Explanation:
             special=tuple(self.special[a] for a in starts),
             segments=tuple(self.segments[a] for a in starts),
             words=tuple(words),
+            latent=self.latent and self.latent.merged(spans),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to JSON: relevance is a list of rows, one per target."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields |= {"relevance": self.relevance.tolist(), "targets": [dataclasses.asdict(t) for t in self.targets]}
+        fields |= {"latent": self.latent and self.latent.to_dict()}
         dtype = str(self.relevance.dtype).removeprefix("torch.")
         return {"format": FORMAT} | fields | {"sum": list(self.sum), "dtype": dtype}
 
@@ -182,17 +206,19 @@ class Explanation:
         """The inverse of `to_dict`."""
         if data.get("format") != FORMAT:
             raise InputError(f"explanation: format {data.get('format')!r} is not known, expected {FORMAT}")
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "latent"}
         for name in ("tokens", "token_ids", "special", "segments", "words"):
             fields[name] = tuple(fields[name])
         fields["targets"] = tuple(
             ExplainedTarget(**(t | {"candidates": tuple(Candidate(**c) for c in t["candidates"])}))
             for t in data["targets"]
         )
-        relevance = fields["relevance"]
+        relevance, dtype = fields["relevance"], getattr(torch, data["dtype"])
+        if data.get("latent") is not None:
+            fields["latent"] = Latent.from_dict(data["latent"], data.get("tensors", {}), dtype)
         if not isinstance(relevance, Tensor):
             shape = len(fields["targets"]), len(fields["tokens"])
-            fields["relevance"] = torch.tensor(relevance, dtype=getattr(torch, data["dtype"])).reshape(shape)
+            fields["relevance"] = torch.tensor(relevance, dtype=dtype).reshape(shape)
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
@@ -207,8 +233,10 @@ class Explanation:
         elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            metadata = self.to_dict() | {"relevance": None}
-            save_file({"relevance": self.relevance.contiguous()}, path, {"attnlrp": json.dumps(metadata)})
+            bare = dataclasses.replace(self, latent=None).to_dict()
+            metadata = bare | {"relevance": None, "latent": self.latent and self.latent.described()}
+            tensors = {"relevance": self.relevance.contiguous()} | (self.latent.tensors() if self.latent else {})
+            save_file(tensors, path, {"attnlrp": json.dumps(metadata)})
         else:
             from attnlrp import show  # results do not draw: the renderers load on first use
 
@@ -257,7 +285,8 @@ def _read(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         data = json.loads((file.metadata() or {})["attnlrp"])
-        return data | {"relevance": file.get_tensor("relevance")}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dict
+        return data | {"relevance": tensors["relevance"], "tensors": tensors}
 
 
 def _join(pieces: tuple[str, ...], segment: str) -> str:

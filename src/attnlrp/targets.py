@@ -13,7 +13,7 @@ from torch import Tensor
 from attnlrp.errors import TargetError
 from attnlrp.tokens import pieces
 
-__all__ = ["OTHERS", "Continuation", "Output", "Scalar", "Target", "class_index", "token_index"]
+__all__ = ["OTHERS", "Continuation", "Head", "Neuron", "Output", "Scalar", "Target", "class_index", "token_index"]
 
 OTHERS: Final = "<others>"
 """`against=OTHERS`: compare with the mean of all other outputs (+1 on the target, -1/N on each of N others)."""
@@ -33,7 +33,33 @@ class Continuation:
     text: str
 
 
-Target: TypeAlias = "str | int | Continuation | None"
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron of an MLP: an input of its last linear layer.
+
+    Args:
+        layer: number of the layer, or its address, such as "layers.17.mlp" or "layers.3.mlp.experts.5".
+        index: which of its neurons.
+    """
+
+    layer: int | str
+    index: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head of an attention.
+
+    Args:
+        layer: number of the layer, or its address, such as "layers.17.self_attn".
+        index: which of its heads.
+    """
+
+    layer: int | str
+    index: int
+
+
+Target: TypeAlias = "str | int | Continuation | Neuron | None"
 Output: TypeAlias = Literal["logit", "probability"]
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnlrp.baselines.maps import Scores, eager, placed, prefix_length
+from attnlrp.baselines.maps import Scores, placed, prefix_length
 from attnlrp.baselines.sample import Sample, Score, opened, require_positive
+from attnlrp.eager import eager_attention
 from attnlrp.errors import InputError, ModelError
 
 __all__ = ["AtMan"]
@@ -52,7 +53,7 @@ class AtMan:
             raise InputError(f"form: got {self.form!r}, expected 'multiplicative' or 'additive'")
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], target: Score) -> Tensor:
-        with opened(model, inputs, target) as sample, torch.no_grad(), eager(model):
+        with opened(model, inputs, target) as sample, torch.no_grad(), eager_attention(model):
             met = _Met()
             with Scores(met):
                 output = sample.output(sample.features, output_hidden_states=self.similarity is not None)

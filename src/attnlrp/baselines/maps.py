@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnlrp.baselines.sample import Sample, as_result
+from attnlrp.eager import eager_attention
 from attnlrp.errors import InputError, ModelError
 
-__all__ = ["Layers", "Maps", "Scores", "eager", "placed", "prefix_length", "read_maps"]
+__all__ = ["Layers", "Maps", "Scores", "placed", "prefix_length", "read_maps"]
 
-
-_CAPTURING = "_output_capturing_hooks_installed"
-"""With what transformers marks models in which it has put hooks, for good, that collect weights and hidden states."""
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 
@@ -68,7 +65,7 @@ def read_maps(sample: Sample) -> Maps:
     names = (
         ("encoder_attentions", "decoder_attentions", "cross_attentions") if sample.encoder_decoder else ("attentions",)
     )
-    with eager(sample.model), Scores(_live):
+    with eager_attention(sample.model), Scores(_live):
         output = sample.output(sample.features.requires_grad_(), output_attentions=True)
         score = sample.value(output, 1).sum()
         maps = [_weights(sample.model, output, name) for name in names]
@@ -99,37 +96,6 @@ class Scores(TorchFunctionMode):
             scores, rest = (args[0], args[1:]) if args else (named.pop("input"), ())
             return func(self.change(scores) if scores.dim() == 4 else scores, *rest, **named)
         return func(*args, **named)
-
-
-@contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """Attention computed step by step, the form that shows its weights, while the block is open.
-
-    Raises:
-        ModelError: the model is not one of transformers, or cannot switch.
-    """
-    if not hasattr(model, "set_attn_implementation"):
-        raise ModelError(
-            f"{type(model).__name__} has no attention that could be shown: expected a model of transformers"
-        )
-    configs = {id(config): config for config in _configs(model)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    hooks = [(module, set(module._forward_hooks), _CAPTURING in vars(module)) for module in model.modules()]
-    try:
-        if any(implementation != "eager" for _, implementation in before):
-            model.set_attn_implementation("eager")
-        if model.config._attn_implementation != "eager":
-            raise ModelError(f"{type(model).__name__} cannot switch to eager attention, which shows its weights")
-        yield
-    finally:
-        for config, implementation in before:
-            # the public setter would set nested configurations too, which may have had another one
-            config._attn_implementation_internal = implementation
-        for module, known, capturing in hooks:
-            for key in set(module._forward_hooks) - known:
-                del module._forward_hooks[key]
-            if not capturing:
-                vars(module).pop(_CAPTURING, None)
 
 
 def placed(sample: Sample, row: Tensor) -> Tensor:
@@ -189,13 +155,3 @@ def _weights(model: Any, output: Any, name: str) -> list[Tensor]:
             "that needs none"
         )
     return list(found)
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """The configurations of a model and of its parts, with those that are nested in them."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    pending = [config for config in found if hasattr(config, "sub_configs")]
-    while pending:
-        config = pending.pop()
-        yield config
-        pending += [nested for name in config.sub_configs if (nested := getattr(config, name, None)) is not None]
