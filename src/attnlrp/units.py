@@ -303,10 +303,11 @@ class Taps(TorchFunctionMode):
         if operation is not None and operation.name in PRODUCTS:
             args = self._tapped(args, kwargs)
         result = func(*args, **kwargs)
-        if self._follows_rows and operation is not None and isinstance(result, Tensor) and result.dim() > 1:
-            rows = _rows(operation.name, args, result)
-            if rows is not None:
-                setattr(result, _ROWS, rows)
+        if self._follows_rows and operation is not None:
+            for part in _tensors((result,)):
+                rows = _rows(operation.name, args, part)
+                if rows is not None:
+                    setattr(part, _ROWS, rows)
         return result
 
     def _tapped(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -343,7 +344,7 @@ def _through(taps: Mapping[int | None, Tap], x: Tensor, weight: tuple[str, Tenso
 def _rows(name: str, args: tuple[Any, ...], result: Tensor) -> Rows | None:
     """Which token each row of a result belongs to, once tokens were gathered for an expert."""
     source = next((v for v in args if isinstance(v, Tensor) and v.is_floating_point()), None)
-    if source is None:
+    if source is None or result.dim() < 2:
         return None
     before: Rows | None = getattr(source, _ROWS, None)
     if name in _GATHERS and source.dim() == 2:
