@@ -110,9 +110,9 @@ def test_a_head_has_an_address() -> None:
         ("layers.1.mlp:48", r"layers\.1\.mlp has neurons 0 to 47"),
         (Neuron(1, -1), r"layers\.1\.mlp has neurons 0 to 47"),
         ("layers.1.mlp:x", r"layers\.1\.mlp has neurons 0 to 47"),
-        ("layers.1.mpl:3", r"0 layers are called layers\.1\.mpl; expected an address such as layers\.1\.mlp:0"),
+        ("layers.1.mpl:3", r"no layer is called layers\.1\.mpl; expected an address such as layers\.1\.mlp:0"),
         ("3", "expected an address such as"),
-        (Neuron(7, 0), r"0 layers are called neurons of layer 7"),
+        (Neuron(7, 0), r"no layer is called neurons of layer 7"),
     ],
 )
 def test_units_that_are_not_there(unit: str | Neuron, match: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attnlrp.changes import changing, open_changes
 from attnlrp.errors import InputError, ModelError
 from attnlrp.forwards import StandIn
 
@@ -147,9 +148,10 @@ def follow_checkpoint(propagation: Any) -> None:
 
 class _Recomputation:
     def __init__(self, function: Callable[..., Any], propagation: Any) -> None:
-        self.function, self.propagation = function, propagation
+        self.function, self.propagation, self.changes = function, propagation, open_changes()
 
     def __call__(self, *args: Any) -> None:
-        outer = self.propagation
-        with type(outer)(outer.model, outer.rules, on_unknown=outer.on_unknown):
+        outer, still_open = self.propagation, open_changes()
+        closed = [change for change in self.changes if change not in still_open]
+        with changing(closed), type(outer)(outer.model, outer.rules, on_unknown=outer.on_unknown):
             self.function(*args)

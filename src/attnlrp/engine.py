@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from attnlrp.activations import activation_forward, activation_name, claim, is_written_out, own_forward, release
 from attnlrp.backward import RuleFunction, live, scale_gradient
+from attnlrp.changes import again, open_changes
 from attnlrp.checkpoint import follow_checkpoint
 from attnlrp.compiled import hide, is_compiled, look_up_tokens, show
 from attnlrp.errors import InputError, UnknownOperationError
@@ -106,6 +107,7 @@ class Propagation(TorchFunctionMode):
         self._looked_up = 0
         self._hook: Any = None
         self._shown: list[Any] = []
+        self._changes = ExitStack()
 
     def __enter__(self) -> Propagation:
         modes = _get_current_function_mode_stack()
@@ -117,9 +119,11 @@ class Propagation(TorchFunctionMode):
         if is_compiled(self.model):
             self._hook = self.model.register_forward_pre_hook(self._enter_graph, with_kwargs=True)
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._changes.enter_context(again(open_changes()))
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._changes.close()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         release(self._activations)
         hide(self._shown)

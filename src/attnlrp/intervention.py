@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from attnlrp.changes import changing
 from attnlrp.errors import InputError, ModelError
 from attnlrp.units import Rows, Site, Taps, Unit, blocks_of, example_inputs, find_sites, resolve
 
@@ -66,6 +67,8 @@ class Clamp:
 Change: TypeAlias = "Set | Scale | Add | Clamp | float | int"
 """What to do with a unit; a number is `Set`."""
 
+_Function: TypeAlias = "Set | Scale | Add | Clamp"
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -82,7 +85,17 @@ class Direction:
     encode: Callable[[Tensor], Tensor] | None = None
 
     def moved(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (..., hidden) with its coordinate changed; an unchanged coordinate leaves x as it is, bit by bit."""
+        """x (..., hidden) with its coordinate changed; an unchanged coordinate leaves x as it is, bit by bit.
+
+        Raises:
+            InputError: the vector has another size, or no direction.
+        """
+        if self.vector.shape != x.shape[-1:]:
+            raise InputError(
+                f"{self.place}: got a vector of shape {tuple(self.vector.shape)}, expected ({x.shape[-1]},)"
+            )
+        if not self.vector.any():
+            raise InputError(f"{self.place}: got a vector of zeros, expected a direction")
         vector = self.vector.to(x)
         before = x @ (vector / vector.dot(vector)) if self.encode is None else self.encode(x)
         difference = change(before) - before
@@ -120,10 +133,9 @@ def intervene(
         )
     sites = find_sites(model, example_inputs(model) if inputs is None else inputs)
     where = _Where(model, positions)
-    taps: dict[Site, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
-    directions: dict[str, list[tuple[Direction, Callable[[Tensor], Tensor]]]] = {}
-    for unit, change in changes.items():
-        function = Set(float(change)) if isinstance(change, (int, float)) else change
+    taps: dict[Site, list[tuple[int, _Function]]] = {}
+    directions: dict[str, list[tuple[Direction, _Function]]] = {}
+    for unit, function in _functions(changes).items():
         if isinstance(unit, Direction):
             directions.setdefault(unit.place, []).append((unit, function))
             continue
@@ -133,11 +145,25 @@ def intervene(
         taps.setdefault(site, []).append((index, function))
     hooks = [hook for place, own in directions.items() for hook in _hooks(model, sites, place, own, where)]
     try:
-        with where, Taps(model, {site: partial(_changed, site, own, where) for site, own in taps.items()}):
+        with where, changing([Taps(model, {site: partial(_changed, site, own, where) for site, own in taps.items()})]):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _functions(changes: Mapping[Unit | Direction, Change]) -> dict[Unit | Direction, _Function]:
+    if not changes:
+        raise InputError("changes: got none, expected units and what to do with them, such as {Neuron(17, 3948): 0.0}")
+    functions: dict[Unit | Direction, _Function] = {}
+    for unit, change in changes.items():
+        function = Set(float(change)) if isinstance(change, (int, float)) else change
+        if not isinstance(function, (Set, Scale, Add, Clamp)):
+            raise InputError(f"{unit!r}: got {change!r}, expected a number, Set, Scale, Add or Clamp")
+        if any(math.isnan(value) for value in vars(function).values()):
+            raise InputError(f"{unit!r}: got nan in {function}, expected numbers")
+        functions[unit] = function
+    return functions
 
 
 class _Where:
@@ -182,9 +208,7 @@ class _Where:
         return every.reshape(x.shape[:-1])
 
 
-def _changed(
-    site: Site, own: Sequence[tuple[int, Callable[[Tensor], Tensor]]], where: _Where, x: Tensor, rows: Rows | None
-) -> Tensor:
+def _changed(site: Site, own: Sequence[tuple[int, _Function]], where: _Where, x: Tensor, rows: Rows | None) -> Tensor:
     """The units of a layer after the changes."""
     y, mask, size = x.clone(), where.mask(x, rows), site.width // site.units
     for index, change in own:
@@ -198,7 +222,7 @@ def _hooks(
     model: nn.Module,
     sites: Sequence[Site],
     place: str,
-    own: Sequence[tuple[Direction, Callable[[Tensor], Tensor]]],
+    own: Sequence[tuple[Direction, _Function]],
     where: _Where,
 ) -> list[Any]:
     """Hooks of the layer that a place belongs to."""

@@ -124,10 +124,9 @@ def resolve(sites: Sequence[Site], unit: Unit) -> tuple[Site, int]:
         raise InputError(f"unit {unit!r}: {found[0].name} has {found[0].kind} 0 to {found[0].units - 1}")
     names = [site.name for site in found or sites]
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
-    raise InputError(
-        f"unit {unit!r}: {len(found)} layers are called {name}; expected an address such as "
-        + ", ".join(f"{n}:0" for n in near)
-    )
+    called = f"{len(found)} layers are" if found else "no layer is"
+    expected = ", ".join(f"{n}:0" for n in near)
+    raise InputError(f"unit {unit!r}: {called} called {name}; expected an address such as {expected}")
 
 
 def find_sites(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Site, ...]:
@@ -294,16 +293,23 @@ class Taps(TorchFunctionMode):
         for site, tap in taps.items():
             self._taps.setdefault(site.weight, {})[site.expert] = tap
         self._follows_rows = any(site.expert is not None or ".experts." in site.name for site in taps)
+        self._acts = False  # a mode that was entered twice is asked twice
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         operation = find(func)
-        if operation is not None and operation.name in PRODUCTS:
+        if operation is None or self._acts:
+            return func(*args, **kwargs)
+        if operation.name in PRODUCTS:
             args = self._tapped(args, kwargs)
-        result = func(*args, **kwargs)
-        if self._follows_rows and operation is not None:
+        self._acts = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._acts = False
+        if self._follows_rows:
             for part in _tensors((result,)):
                 rows = _rows(operation.name, args, part)
                 if rows is not None:
