@@ -43,14 +43,14 @@ class ExplainedTarget:
     """The scalar that one row of relevance explains.
 
     Args:
-        token: text of the explained token, or name of the class.
+        token: text of the explained token, name of the class, or address of the neuron.
         id: its index; None where the target is a sum over several.
         position: index into `Explanation.tokens` of the token whose prediction is explained; None if the whole text has
             one output.
         logit: value of the explained scalar, in `unit`; without `against`, the model's logit.
         rank: 1 for the most likely output; None where the target is a sum over several.
         against: what a contrastive target was compared with, else None.
-        unit: "logit" or "probability".
+        unit: "logit", "probability", or "activation" of a neuron.
         candidates: the largest outputs at this position, best first.
     """
 

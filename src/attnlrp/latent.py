@@ -41,7 +41,8 @@ class LatentLayer:
     """Relevance of the units of one layer. Unit: relevance.
 
     Args:
-        name: address of the layer, such as "layers.17.mlp"; "layers.17:before" in the residual stream.
+        name: address of the layer, such as "layers.17.mlp"; "layers.17:before" in the residual stream,
+            "layers.17.self_attn.weights" of attention weights.
         kind: "neurons", "heads", "residual", "attention" or "features".
         units: number of units in the layer.
         total: relevance summed over all of its units, at each token; what the ledger books there.

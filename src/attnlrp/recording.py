@@ -116,7 +116,7 @@ class Recorder:
     def _tap(self, site: Site, x: Tensor, rows: Rows | None) -> Tensor:
         if site.kind == "heads":
             for note in self._attention:
-                note.name = self._named(site.name, "attention")
+                note.name = self._named(f"{site.name}.weights", "attention")
                 self._notes.append(note)
             self._attention.clear()
         if site.kind not in self._kinds:

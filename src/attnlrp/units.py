@@ -300,9 +300,10 @@ class Taps(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operation = find(func)
-        if operation is None or self._acts:
+        name = "" if operation is None else operation.name
+        if self._acts or not (name or func is activation_forward):
             return func(*args, **kwargs)
-        if operation.name in PRODUCTS:
+        if name in PRODUCTS:
             args = self._tapped(args, kwargs)
         self._acts = True
         try:
@@ -311,7 +312,7 @@ class Taps(TorchFunctionMode):
             self._acts = False
         if self._follows_rows:
             for part in _tensors((result,)):
-                rows = _rows(operation.name, args, part)
+                rows = _rows(name, args, part)
                 if rows is not None:
                     setattr(part, _ROWS, rows)
         return result
