@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from attnlrp.explainer import Explainer
     from attnlrp.explanation import Explanation
+    from attnlrp.features import SparseAutoencoder
     from attnlrp.gamma import search_gamma
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.image_explanation import ImageExplanation
@@ -57,6 +58,7 @@ _HOMES = {
     "Propagation": "engine",
     "Scale": "intervention",
     "Set": "intervention",
+    "SparseAutoencoder": "features",
     "TargetError": "errors",
     "UnknownOperationError": "errors",
     "VIT": "rules",
@@ -96,6 +98,7 @@ __all__ = [
     "Propagation",
     "Scale",
     "Set",
+    "SparseAutoencoder",
     "TargetError",
     "UnknownOperationError",
     "__version__",

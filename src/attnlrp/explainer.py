@@ -20,6 +20,7 @@ from attnlrp.contexts import explaining
 from attnlrp.engine import propagate
 from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
+from attnlrp.features import SparseAutoencoder
 from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
@@ -35,6 +36,7 @@ __all__ = ["Explainer"]
 CANDIDATES = 5
 
 Memory: TypeAlias = Literal["full", "checkpoint"]
+Kind: TypeAlias = "str | SparseAutoencoder"
 Conversation: TypeAlias = "list[dict[str, Any]]"
 
 
@@ -49,7 +51,7 @@ class _Options(TypedDict, total=False):
     chat: bool
     output: Output
     temperature: float
-    latent: str | Sequence[str]
+    latent: Kind | Sequence[Kind]
     latent_top: int | None
     through: Unit | Sequence[Unit]
 
@@ -134,7 +136,7 @@ class Explainer:
         chat: bool = False,
         output: Output = "logit",
         temperature: float = 1.0,
-        latent: str | Sequence[str] = (),
+        latent: Kind | Sequence[Kind] = (),
         latent_top: int | None = 32,
         through: Unit | Sequence[Unit] = (),
     ) -> Explanation | list[Explanation]:
@@ -158,7 +160,8 @@ class Explainer:
             output: "logit", or "probability" for the softmax output.
             temperature: of that softmax; above 1 where the softmax is saturated.
             latent: record relevance inside the model, as `Explanation.latent`: any of "neurons", "heads", "residual"
-                (the stream before, between and after the parts of each layer) and "attention" (the weights).
+                (the stream before, between and after the parts of each layer), "attention" (the weights), and the
+                features of a `SparseAutoencoder`.
             latent_top: neurons that are kept of each layer; None for all.
             through: units, such as "layers.17.mlp:3948" or `Neuron(17, 3948)`, that relevance must go through to reach
                 the input; of several layers, through each of them.
@@ -177,7 +180,7 @@ class Explainer:
         texts: list[Any] = [text] if single else list(text)
         targets: list[Any] = list(target) if isinstance(target, (list, tuple)) else [target]
         units = (through,) if isinstance(through, (str, Neuron, Head)) else tuple(through)
-        kinds = (latent,) if isinstance(latent, str) else tuple(latent)
+        kinds = (latent,) if isinstance(latent, (str, SparseAutoencoder)) else tuple(latent)
         form = _Form(against, output, temperature, Wanted(kinds, latent_top, units))
         asked = {"position": position, "generate": generate, "context": context, "prefix": prefix, "image": image}
         self._check(texts, targets, form, asked | {"chat": chat})

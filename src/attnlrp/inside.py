@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlrp.errors import InputError, TargetError
+from attnlrp.features import SparseAutoencoder
 from attnlrp.latent import Latent
 from attnlrp.recording import Recorder, is_in_decoder
 from attnlrp.targets import Neuron
@@ -26,12 +27,12 @@ class Wanted:
     """Options of an explanation that look inside the model.
 
     Args:
-        latent: kinds of units whose relevance is recorded.
+        latent: kinds of units whose relevance is recorded, and dictionaries of features.
         top: units that are kept of each layer; None for all.
         through: units that relevance must go through.
     """
 
-    latent: tuple[str, ...] = ()
+    latent: tuple[str | SparseAutoencoder, ...] = ()
     top: int | None = 32
     through: tuple[Unit, ...] = ()
 

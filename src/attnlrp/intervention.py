@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from attnlrp.changes import changing
 from attnlrp.errors import InputError, ModelError
 from attnlrp.units import Rows, Site, Taps, Unit, blocks_of, example_inputs, find_sites, resolve
 
-__all__ = ["Add", "Change", "Clamp", "Direction", "Scale", "Set", "intervene"]
+__all__ = ["Add", "Change", "Clamp", "Direction", "Scale", "Set", "at_place", "intervene"]
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ def intervene(
         if site.kind == "heads" and not (isinstance(function, Scale) or function == Set(0.0)):
             raise InputError(f"{unit!r}: a head is {site.width // site.units} numbers; expected Scale(factor), or 0")
         taps.setdefault(site, []).append((index, function))
-    hooks = [hook for place, own in directions.items() for hook in _hooks(model, sites, place, own, where)]
-    try:
-        with where, changing([Taps(model, {site: partial(_changed, site, own, where) for site, own in taps.items()})]):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for place, moves in directions.items():
+            stack.enter_context(at_place(model, sites, place, partial(_moved, moves, where)))
+        stack.enter_context(where)
+        mode = Taps(model, {site: partial(_changed, site, own, where) for site, own in taps.items()})
+        stack.enter_context(changing([mode]))
+        yield
 
 
 def _functions(changes: Mapping[Unit | Direction, Change]) -> dict[Unit | Direction, _Function]:
@@ -218,35 +218,44 @@ def _changed(site: Site, own: Sequence[tuple[int, _Function]], where: _Where, x:
     return y
 
 
-def _hooks(
-    model: nn.Module,
-    sites: Sequence[Site],
-    place: str,
-    own: Sequence[tuple[Direction, _Function]],
-    where: _Where,
-) -> list[Any]:
-    """Hooks of the layer that a place belongs to."""
+def _moved(own: Sequence[tuple[Direction, _Function]], where: _Where, x: Tensor) -> Tensor:
+    """The residual stream after the changes along its directions."""
+    y, mask = x, where.mask(x, None)
+    for direction, change in own:
+        y = direction.moved(y, change)
+    return y if mask is None else torch.where(mask[..., None], y, x)
+
+
+@contextmanager
+def at_place(
+    model: nn.Module, sites: Sequence[Site], place: str, function: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside the block, compute with function(x) where a layer is given, or gives, x (..., hidden).
+
+    Raises:
+        InputError: no such place.
+    """
     blocks = blocks_of(model, sites)
     name, _, side = place.rpartition(":")
     if name not in blocks or side not in ("before", "after"):
-        raise InputError(
-            f"place {place!r}: expected one such as {next(iter(blocks))}:before or {next(iter(blocks))}:after"
-        )
-
-    def moved(x: Tensor) -> Tensor:
-        y, mask = x, where.mask(x, None)
-        for direction, change in own:
-            y = direction.moved(y, change)
-        return y if mask is None else torch.where(mask[..., None], y, x)
+        first = next(iter(blocks))
+        raise InputError(f"place {place!r}: expected one such as {first}:before or {first}:after")
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (moved(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": moved(kwargs["hidden_states"])}
+            return (function(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": function(kwargs["hidden_states"])}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
+        return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
-    if side == "before":
-        return [blocks[name].register_forward_pre_hook(before, with_kwargs=True)]
-    return [blocks[name].register_forward_hook(after)]
+    block = blocks[name]
+    hook = (
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        if side == "before"
+        else block.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -42,9 +42,9 @@ class LatentLayer:
 
     Args:
         name: address of the layer, such as "layers.17.mlp"; "layers.17:before" in the residual stream,
-            "layers.17.self_attn.weights" of attention weights.
+            "layers.17.self_attn.weights" of attention weights, "layers.17:after.features" of a dictionary.
         kind: "neurons", "heads", "residual", "attention" or "features".
-        units: number of units in the layer.
+        units: number of units in the layer; of a dictionary the last two are its error and its bias.
         total: relevance summed over all of its units, at each token; what the ledger books there.
         indices: the units that were kept, those of the largest |relevance| summed over tokens first.
         relevance: of each kept unit at each token.
@@ -195,7 +195,9 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def _unit(layer: LatentLayer, target: int, k: int, total: float) -> UnitRelevance:
     at = int(layer.relevance[target, k].abs().argmax())
-    name = layer.name if layer.kind == "residual" else f"{layer.name}:{int(layer.indices[target, k])}"
+    index = int(layer.indices[target, k])
+    beside = {layer.units - 2: "error", layer.units - 1: "bias"} if layer.kind == "features" else {}
+    name = layer.name if layer.kind == "residual" else f"{layer.name}:{beside.get(index, index)}"
     return UnitRelevance(name, total, at + (layer.offset or 0), layer.activation[target, k, at].item())
 
 

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from attnlrp.columns import widen
 from attnlrp.eager import eager_attention
 from attnlrp.errors import InputError, ModelError
+from attnlrp.features import SparseAutoencoder
+from attnlrp.intervention import at_place
 from attnlrp.latent import Latent, LatentLayer
 from attnlrp.operations import VIEWS, find
 from attnlrp.units import PRODUCTS, SUMS, Rows, Site, Taps, blocks_of
@@ -37,6 +39,7 @@ class _Note:
     units: int
     value: Tensor
     rows: Rows | None = None
+    decompose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # into units, where they are not numbers
     version: int = 0
     noted: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
@@ -49,7 +52,7 @@ class Recorder:
     Args:
         model: the model that is explained.
         sites: its units, see `attnlrp.units.find_sites`.
-        kinds: what to note: any of "neurons", "heads", "residual", "attention".
+        kinds: what to note: any of "neurons", "heads", "residual", "attention", and dictionaries of features.
         top: units that are kept of each layer; None for all.
         batch: number of texts in the pass.
 
@@ -58,14 +61,24 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], kinds: Sequence[str], *, top: int | None = 32, batch: int = 1
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        kinds: Sequence[str | SparseAutoencoder],
+        *,
+        top: int | None = 32,
+        batch: int = 1,
     ) -> None:
-        unknown = sorted(set(kinds) - set(KINDS))
+        self._dictionaries = [kind for kind in kinds if isinstance(kind, SparseAutoencoder)]
+        unknown = [kind for kind in kinds if kind not in (*KINDS, *self._dictionaries)]
         if unknown or not kinds:
-            raise InputError(f"latent: got {unknown or 'nothing'}, expected any of {', '.join(KINDS)}")
+            raise InputError(
+                f"latent: got {unknown or 'nothing'}, expected any of {', '.join(KINDS)}, or a SparseAutoencoder"
+            )
         if top is not None and top < 1:
             raise InputError(f"latent_top: got {top}, expected at least 1, or None for all units")
-        self._model, self._kinds, self._top, self._batch = model, frozenset(kinds), top, batch
+        self._model, self._sites, self._top, self._batch = model, sites, top, batch
+        self._kinds = frozenset(kind for kind in kinds if isinstance(kind, str))
         self._target = 0
         self._notes: list[_Note] = []
         self._attention: list[_Note] = []  # of which the layer is known only when its output projection is reached
@@ -81,6 +94,9 @@ class Recorder:
                 self._open.enter_context(_Attention(self._watch_attention))
             if self._blocks:
                 self._open.enter_context(_Stream(self._blocks, self._watch_stream))
+            for dictionary in self._dictionaries:
+                watch = partial(self._watch_features, dictionary)
+                self._open.enter_context(at_place(self._model, self._sites, dictionary.place, watch))
             if self._taps:
                 self._open.enter_context(Taps(self._model, self._taps))
         except BaseException:
@@ -148,6 +164,10 @@ class Recorder:
             self._notes.append(note)
         return partial(setattr, note, "name")
 
+    def _watch_features(self, dictionary: SparseAutoencoder, x: Tensor) -> Tensor:
+        name = self._named(f"{dictionary.place}.features", "features")
+        return self._watch(_Note(name, "features", dictionary.features + 2, x, decompose=dictionary.decompose), x)
+
     def _named(self, name: str, kind: str) -> str:
         """The name of a layer; of one that is used again, with the number of the use."""
         used = sum(n.kind == kind and n.name.partition("@")[0] == name for n in self._notes)
@@ -163,25 +183,27 @@ class Recorder:
 
     def _reduced(self, note: _Note, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         """total (batch, token), indices (batch, kept), relevance and activation (batch, kept, token), and maps."""
-        value, product = widen(value), widen(value) * widen(grad)
-        if note.kind == "attention":
-            maps = product.reshape(self._batch, note.units, *product.shape[-2:])
-            relevance = maps.sum(dim=-1).transpose(1, 2)
-            activation = value.reshape(maps.shape).amax(dim=-1).transpose(1, 2)
-        else:
-            relevance = self._by_token(product.unflatten(-1, (note.units, -1)).sum(dim=-1), note.rows)
-            own = value.unflatten(-1, (note.units, -1))
-            activation = self._by_token(own.squeeze(-1) if own.shape[-1] == 1 else own.norm(dim=-1), note.rows)
-        count = note.units if self._top is None or note.kind != "neurons" else min(self._top, note.units)
-        indices = relevance.sum(dim=1).abs().topk(count).indices
+        activation, relevance, *maps = self._by_unit(note, widen(value), widen(grad))
+        many = self._top is not None and note.kind in ("neurons", "features")
+        indices = relevance.sum(dim=1).abs().topk(min(self._top or 0, note.units) if many else note.units).indices
         chosen = indices[:, None].expand(-1, relevance.shape[1], -1)
         kept = [x.gather(2, chosen).transpose(1, 2).cpu() for x in (relevance, activation)]
-        noted = (relevance.sum(dim=-1).cpu(), indices.cpu(), *kept)
-        return (
-            (*noted, maps.gather(1, indices[..., None, None].expand_as(maps)).cpu())
-            if note.kind == "attention"
-            else noted
-        )
+        own = [x.gather(1, indices[..., None, None].expand_as(x)).cpu() for x in maps]
+        return (relevance.sum(dim=-1).cpu(), indices.cpu(), *kept, *own)
+
+    def _by_unit(self, note: _Note, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Activation and relevance (batch, token, unit); of attention also relevance (batch, head, query, key)."""
+        if note.kind == "attention":
+            value, grad = (x.reshape(self._batch, note.units, *x.shape[-2:]) for x in (value, grad))
+            relevance = value * grad
+            return value.amax(dim=-1).transpose(1, 2), relevance.sum(dim=-1).transpose(1, 2), relevance
+        if note.decompose is not None:
+            activation, relevance = note.decompose(value, grad)
+        else:
+            numbers = value.unflatten(-1, (note.units, -1))
+            activation = numbers.squeeze(-1) if numbers.shape[-1] == 1 else numbers.norm(dim=-1)
+            relevance = (value * grad).unflatten(-1, (note.units, -1)).sum(dim=-1)
+        return self._by_token(activation, note.rows), self._by_token(relevance, note.rows)
 
     def _by_token(self, x: Tensor, rows: Rows | None) -> Tensor:
         """(batch, token, unit), from rows of tokens in any arrangement."""
