@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from attnlrp.errors import InputError
@@ -80,6 +78,9 @@ class SparseAutoencoder:
         Raises:
             InputError: not such a file.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
