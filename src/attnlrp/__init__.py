@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlrp import evaluation as evaluate
+    from attnlrp.comparison import Comparison, compare
     from attnlrp.engine import Propagation, propagate
     from attnlrp.errors import (
         AttnLRPError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from attnlrp.ledger import Ledger, audit
     from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP, VIT_DINOV2
     from attnlrp.targets import OTHERS, Continuation, Head, Neuron
+    from attnlrp.weights import weight_relevance
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ _HOMES = {
     "AttnLRPError": "errors",
     "CP_LRP": "rules",
     "Clamp": "intervention",
+    "Comparison": "comparison",
     "Continuation": "targets",
     "Direction": "intervention",
     "Explainer": "explainer",
@@ -65,9 +68,11 @@ _HOMES = {
     "VIT_CP": "rules",
     "VIT_DINOV2": "rules",
     "audit": "ledger",
+    "compare": "comparison",
     "intervene": "intervention",
     "propagate": "engine",
     "search_gamma": "gamma",
+    "weight_relevance": "weights",
 }
 
 __all__ = [
@@ -82,6 +87,7 @@ __all__ = [
     "Add",
     "AttnLRPError",
     "Clamp",
+    "Comparison",
     "Continuation",
     "Direction",
     "Explainer",
@@ -103,10 +109,12 @@ __all__ = [
     "UnknownOperationError",
     "__version__",
     "audit",
+    "compare",
     "evaluate",
     "intervene",
     "propagate",
     "search_gamma",
+    "weight_relevance",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from attnlrp.features import SparseAutoencoder
 from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
-from attnlrp.readout import Outputs
+from attnlrp.readout import Outputs, Prediction
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
 from attnlrp.targets import OTHERS, Continuation, Head, Neuron, Output, Scalar, Target
 from attnlrp.tasks import TASKS, Question, Request, Slot, pad_of
@@ -197,6 +198,29 @@ class Explainer:
             batches = [requests] if self._can_share(requests) else [[r] for r in requests]
             explanations = [e for batch in batches for e in self._explain(batch, form)]
         return explanations[0] if single else explanations
+
+    def predict(self, text: str | Conversation, *, generate: int = 0, chat: bool = False) -> Prediction:
+        """What the model says where an explanation would start: its logits, and what it generates greedily.
+
+        Args:
+            text: as for an explanation.
+            generate: number of tokens; 0 for none.
+            chat: put the text into the model's chat template, as what the user says.
+
+        Raises:
+            InputError: no text, or options that the task does not have.
+        """
+        chat = chat or _is_conversation(text)
+        self._check([text], [None], _Form(None, "logit", 1.0, Wanted()), {"generate": generate, "chat": chat})
+        question = Question(text, [None], None, 0, None, None, (), chat)
+        request = self._task.request(question)
+        inputs, kept = self._inputs([request])
+        with torch.no_grad():
+            outputs = Outputs(self.model(**inputs), 0, kept, request)
+        slot = request.rows[0][0]
+        more = self._task.request(dataclasses.replace(question, generate=generate)).rows if generate else []
+        written = self.tokenizer.decode([row[0].target for row in more], skip_special_tokens=True)
+        return Prediction(outputs(slot), written, lambda index: self._task.name([index], slot, request))
 
     def audit(
         self,

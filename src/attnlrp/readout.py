@@ -1,9 +1,10 @@
-"""What is read off the output of a model: the logits of a slot, or what a neuron computes."""
+"""What is read off the output of a model: the logits of a slot, what a neuron computes, what the model says."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +15,21 @@ from attnlrp.latent import Latent
 from attnlrp.targets import Neuron
 from attnlrp.tasks import LOGITS, Request, Slot
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "Prediction"]
+
+
+class Prediction(NamedTuple):
+    """What a model says of a text.
+
+    Args:
+        logits: (output,), of the next token, the first mask, or the classes.
+        generated: what it writes after the text.
+        name: index of an output -> its name.
+    """
+
+    logits: Tensor
+    generated: str
+    name: Callable[[int], str]
 
 
 @dataclass(frozen=True)

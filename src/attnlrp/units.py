@@ -35,6 +35,7 @@ __all__ = [
     "Site",
     "Taps",
     "Unit",
+    "Weights",
     "blocks_of",
     "example_inputs",
     "find_sites",
@@ -187,7 +188,7 @@ def _with_siblings(read: dict[str, _Read], parameters: Mapping[str, Tensor]) -> 
     return result
 
 
-class _Weights:
+class Weights:
     """The parameters of a model by where they lie in memory."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -219,7 +220,7 @@ class _Follow(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.read: list[_Read] = []
-        self._weights = _Weights(model)
+        self._weights = Weights(model)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -288,7 +289,7 @@ class Taps(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, taps: Mapping[Site, Tap]) -> None:
         super().__init__()
-        self._weights = _Weights(model)
+        self._weights = Weights(model)
         self._taps: dict[str, dict[int | None, Tap]] = {}
         for site, tap in taps.items():
             self._taps.setdefault(site.weight, {})[site.expert] = tap
