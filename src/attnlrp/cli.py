@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import enum
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnlrp.cli_evaluate import app as evaluate
+from attnlrp.cli_intervene import intervene
+from attnlrp.cli_options import Device, Dtype, File, Json, Model, Text, errors, progress, read_text, write_json
 from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
@@ -35,25 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evaluate)
-errors = Console(stderr=True, soft_wrap=True)
-
-Text = Annotated[str | None, typer.Argument(help="Text to explain; - reads standard input.", show_default=False)]
-File = Annotated[Path | None, typer.Option("--file", help="Read the text from a file.", show_default=False)]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
-]
 Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
 ]
 Context = Annotated[
     str | None,
     typer.Option(help="Text that holds the answer, where the model answers out of one.", show_default=False),
-]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
 ]
 
 
@@ -131,10 +117,10 @@ def explain(
     dtype: Dtype = None,
 ) -> None:
     """Show why the model predicts what it predicts: relevance of each input token."""
-    prompt = _text(text, file)
+    prompt = read_text(text, file)
     if target is not None and target_sum is not None:
         raise InputError("--target and --target-sum exclude each other")
-    with _progress(json_to) as report:
+    with progress() as report:
         explainer = _explainer(model, rules, device, dtype, report, memory)
         report("explaining")
         from attnlrp.targets import Continuation
@@ -157,7 +143,7 @@ def explain(
             report(f"writing {path}")
             explanation.save(path)
     if json_to is not None:
-        _write_json(explanation.to_dict(), json_to)
+        write_json(explanation.to_dict(), json_to)
     if json_to != "-":
         from attnlrp import show
 
@@ -223,7 +209,7 @@ def image(
     for option, given in {"--images": images, "--gamma-out": gamma_out}.items():
         if given is not None and gamma != "auto":
             raise InputError(f"{option}: is for --gamma auto, got --gamma {gamma}")
-    with _progress(json_to) as report:
+    with progress() as report:
         from attnlrp.image_explainer import ImageExplainer
         from attnlrp.rules import PRESETS
 
@@ -240,7 +226,7 @@ def image(
             report(f"writing {out}")
             explanation.save(out)
     if json_to is not None:
-        _write_json(explanation.to_dict(), json_to)
+        write_json(explanation.to_dict(), json_to)
     if json_to != "-":
         explanation.show()
 
@@ -259,17 +245,20 @@ def audit(
     dtype: Dtype = None,
 ) -> None:
     """Account for every unit of relevance: what reached the input, what was absorbed, and where."""
-    prompt = _text(text, file)
-    with _progress(json_to) as report:
+    prompt = read_text(text, file)
+    with progress() as report:
         explainer = _explainer(model, rules, device, dtype, report)
         report("auditing every operation")
         ledger = explainer.audit(prompt, target=_number(target), context=context)
     if json_to is not None:
-        _write_json(ledger.to_dict(), json_to)
+        write_json(ledger.to_dict(), json_to)
     if json_to != "-":
         _show_ledger(ledger, depth)
     if not ledger.closes:
         raise typer.Exit(1)
+
+
+app.command()(intervene)
 
 
 @app.command(name="models")
@@ -288,7 +277,7 @@ def list_models(json_to: Json = None) -> None:
         "tasks": list(TASKS),
     }
     if json_to is not None:
-        _write_json(found, json_to)
+        write_json(found, json_to)
     if json_to != "-":
         console = Console(soft_wrap=True, highlight=False)
         state = "installed" if demo.installed() else f"not installed: {escape(demo.INSTALL)}"
@@ -312,21 +301,6 @@ def main() -> None:
 def _fail(error: Exception, status: int) -> None:
     errors.print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
     sys.exit(status)
-
-
-def _text(text: str | None, file: Path | None) -> str:
-    if (text is None) == (file is None):
-        raise InputError("text: give either a text, - for standard input, or --file")
-    try:
-        if file is not None:
-            return file.read_text(encoding="utf-8").removesuffix("\n")
-        return sys.stdin.read().removesuffix("\n") if text == "-" else str(text)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file or 'standard input'}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
 
 
 def _number(target: str | None) -> str | int | None:
@@ -372,13 +346,6 @@ def _gammas(
     return found
 
 
-@contextmanager
-def _progress(json_to: str | None) -> Iterator[Any]:
-    """One line on standard error that says what takes its time."""
-    with errors.status("starting") as status:
-        yield lambda step: status.update(escape(step))
-
-
 def _show_ledger(ledger: Ledger, depth: int) -> None:
     console = Console(highlight=False)
     table = Table("module", "relevance in", "passed on", "absorbed", "leak", box=None, header_style="bold")
@@ -395,11 +362,3 @@ def _show_ledger(ledger: Ledger, depth: int) -> None:
     console.print(f"relative error {ledger.error:.1e}: the ledger {'closes' if ledger.closes else 'does not close'}")
     for entry in ledger.leaks()[:10]:
         console.print(f"leak {entry.leak:+.3e} in {escape(entry.operation)} of {escape(entry.module)}", style="red")
-
-
-def _write_json(data: dict[str, Any], path: str) -> None:
-    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
-    if path == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        Path(path).write_text(text, encoding="utf-8")

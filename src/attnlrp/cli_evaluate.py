@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import os
 import sys
 import time
@@ -17,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnlrp.cli_options import Device, Dtype, Json, Model, errors, write_json
+
 if TYPE_CHECKING:
     from attnlrp.runs import Kind, Run
 
@@ -28,7 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-errors = Console(stderr=True, soft_wrap=True)
 
 Data = Annotated[
     str,
@@ -37,10 +37,6 @@ Data = Annotated[
         "images.",
         show_default=False,
     ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
 ]
 Methods = Annotated[
     str | None,
@@ -61,11 +57,6 @@ Out = Annotated[
     typer.Option(help="JSON lines of per-sample results; the same command goes on from them.", show_default=False),
 ]
 Figure = Annotated[Path | None, typer.Option(help="Write a figure: .png, .pdf or .svg.", show_default=False)]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
-]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
 
 
 class Baseline(str, enum.Enum):
@@ -200,7 +191,7 @@ def table(
 
         result = run_table(found, out, loaded, methods=methods, progress=told)
     if json_to is not None:
-        _write_json(result.to_dict(), json_to)
+        write_json(result.to_dict(), json_to)
     if json_to != "-":
         sys.stdout.write(markdown(result))
     for reason in result.failed:
@@ -237,7 +228,7 @@ def _measure(
 
         save_figure({f"{shown(title)}, {shown(data)}": run}, figure)
     if json_to is not None:
-        _write_json(run.to_dict(), json_to)
+        write_json(run.to_dict(), json_to)
     if json_to != "-":
         _show(run)
     for method, reason in run.failed.items():
@@ -326,11 +317,3 @@ def _table(*columns: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
-
-
-def _write_json(data: dict[str, Any], path: str) -> None:
-    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
-    if path == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        Path(path).write_text(text + "\n", encoding="utf-8")

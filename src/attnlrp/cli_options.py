@@ -1,0 +1,68 @@
+"""What the commands share: options, reading a text, writing JSON, saying what takes its time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from attnlrp.errors import InputError
+
+__all__ = ["Device", "Dtype", "File", "Json", "Model", "Text", "errors", "progress", "read_text", "write_json"]
+
+errors = Console(stderr=True, soft_wrap=True)
+
+Text = Annotated[str | None, typer.Argument(help="Text to explain; - reads standard input.", show_default=False)]
+File = Annotated[Path | None, typer.Option("--file", help="Read the text from a file.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
+]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
+]
+
+
+def read_text(text: str | None, file: Path | None) -> str:
+    """The text of an argument, of standard input, or of a file.
+
+    Raises:
+        InputError: neither or both, or no UTF-8 text.
+    """
+    if (text is None) == (file is None):
+        raise InputError("text: give either a text, - for standard input, or --file")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8").removesuffix("\n")
+        return sys.stdin.read().removesuffix("\n") if text == "-" else str(text)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file or 'standard input'}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+
+
+def write_json(data: Any, path: str) -> None:
+    """Write to a file, or to standard output in one line."""
+    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
+    if path == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """One line on standard error that says what takes its time."""
+    with errors.status("starting") as status:
+        yield lambda step: status.update(escape(step))
