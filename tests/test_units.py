@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import tiny
 from attnlrp import Head, InputError, ModelError, Neuron
 from attnlrp.units import Rows, Site, Taps, blocks_of, example_inputs, find_sites, resolve
 from conformance import recipe
+from conformance.units import survey
+from test_conformance import PAIRS
 
 # name -> (neurons, their number, heads, their number), of the first layer
 KNOWN = {
@@ -195,3 +198,48 @@ def test_rows_of_experts_belong_to_their_tokens(implementation: str) -> None:
     for expert in range(4):
         expected = (chosen[0] == expert).any(dim=-1).nonzero().flatten().tolist()
         assert sorted(seen.get(expert, torch.tensor([], dtype=torch.int64)).tolist()) == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers warns of while it builds its own models
+@pytest.mark.parametrize(("task", "kind"), PAIRS)
+def test_units_of_an_architecture(task: str, kind: str) -> None:
+    found = survey(task, kind)
+    assert found["wrong"] == ""
+    assert found["neurons"] + found.get("heads", 0) >= max(1, found["layers"])
+
+
+def test_what_an_activation_puts_into_the_stream_is_no_unit() -> None:
+    shape = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 99}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**shape | ids, decoder_attention_heads=4, max_source_positions=6)
+    inputs = {"input_features": torch.randn(1, 80, 12), "decoder_input_ids": torch.ones(1, 2, dtype=torch.long)}
+    sites = find_sites(transformers.WhisperForConditionalGeneration(config).eval(), inputs)
+    encoder = [(s.name, s.kind) for s in sites if s.name.startswith("encoder")]
+    parts = (("self_attn", "heads"), ("fc2", "neurons"))
+    assert encoder == [(f"encoder.layers.{k}.{n}", kind) for k in range(2) for n, kind in parts]
+
+
+def test_neurons_beside_heads_in_one_module_have_a_name_of_their_own() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.down, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.down(torch.relu(self.gate(x)))
+            return x + self.out(nn.functional.scaled_dot_product_attention(x, x, x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"mixer": Block()}) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer["mixer"](x)
+            return x
+
+    sites = find_sites(Model(), {"x": torch.randn(1, 3, 8)})
+    assert [(s.name, s.kind) for s in sites] == [
+        (f"layers.{k}.mixer{rest}", kind) for k in range(2) for rest, kind in ((".down", "neurons"), ("", "heads"))
+    ]

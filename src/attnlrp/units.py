@@ -144,11 +144,14 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Site, ...]:
         raise ModelError(f"{type(model).__name__} is compiled, which hides its units: use the module that was compiled")
     activations = list(filter(is_written_out, model.modules()))
     claim(activations)
+    hooks = [m.register_forward_pre_hook(_forget, with_kwargs=True) for m in _layers_of(model)]
     try:
         with torch.no_grad(), _Follow(model) as followed:
             model(**inputs)
     finally:
         release(activations)
+        for hook in hooks:
+            hook.remove()
     read = {r.weight: r for r in followed.read if any(part.isdecimal() for part in r.weight.split("."))}
     if not read:
         raise ModelError(
@@ -157,8 +160,21 @@ def find_sites(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Site, ...]:
         )
     read = _with_siblings(read, dict(model.named_parameters(remove_duplicate=False)))
     names = _addresses(read)
-    last = {(names[r.weight], r.kind): r for r in read.values()}  # of several in one module the last
-    return tuple(site for (name, _), r in last.items() for site in _sites(name, r))
+    last = {names[r.weight]: r for r in read.values()}  # of several in one module the last
+    return tuple(site for name, r in last.items() for site in _sites(name, r))
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """The members of lists that are more than one operation."""
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return list({id(member): member for m in lists for member in m if list(member.children())}.values())
+
+
+def _forget(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What a layer is given is the residual stream, even if an activation has made it, as behind an embedding."""
+    for tensor in _tensors((*args, *kwargs.values())):
+        if hasattr(tensor, _MADE):
+            delattr(tensor, _MADE)
 
 
 class _Read(NamedTuple):
@@ -411,12 +427,20 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _addresses(read: Mapping[str, _Read]) -> dict[str, str]:
-    """Names of layers: paths of the modules that hold the linear layers, without what all of them begin with."""
+    """Names of layers: paths of the modules that hold the linear layers, without what all of them begin with.
+
+    Where the same module holds neurons and heads, the neurons are called by their linear layer.
+    """
     paths = {}
     for weight, r in read.items():
         parts = weight.split(".")[:-1]
-        whole = r.experts is not None or len(parts) < 2 or parts[-2].isdecimal()
-        paths[weight] = parts if whole else parts[:-1]
+        outer = parts[:-1]
+        whole = r.experts is not None or not any(part.isdecimal() for part in outer) or outer[-1].isdecimal()
+        paths[weight] = parts if whole else outer
+    heads = [path for weight, path in paths.items() if read[weight].kind == "heads"]
+    for weight, path in paths.items():
+        if read[weight].kind == "neurons" and path in heads:
+            paths[weight] = weight.split(".")[:-1]
     starts = [p[: max(0, next(k for k, part in enumerate(p) if part.isdecimal()) - 1)] for p in paths.values()]
     common = 0
     while all(len(s) > common for s in starts) and len({s[common] for s in starts}) == 1:
