@@ -50,7 +50,7 @@ def _recorded(model: nn.Module, inputs: dict[str, Any], sites: tuple[Site, ...])
     modules = {site: _owner(model, site) for site in sites}
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     handles = [
-        module.register_forward_pre_hook(lambda _, x, site=site: seen[site].append(x[0]))
+        module.register_forward_pre_hook(lambda _, x, site=site: _own(x, seen[site]))
         for site, module in modules.items()
         if module is not None
     ]
@@ -76,16 +76,27 @@ def _recorded(model: nn.Module, inputs: dict[str, Any], sites: tuple[Site, ...])
     return ""
 
 
+def _own(x: tuple[Any, ...], seen: list[Tensor]) -> tuple[Any, ...]:
+    """A view of what a module reads, whose gradient is that of this module alone."""
+    seen.append(x[0].view_as(x[0]))
+    return (seen[-1], *x[1:])
+
+
 def _unchanged(model: nn.Module, inputs: dict[str, Any], sites: tuple[Site, ...]) -> str:
     with torch.no_grad():
-        before = target(model(**inputs))
+        before = _seeded(model, inputs)
         with intervene(model, {f"{s.name}:0": Scale(1.0) for s in sites}, inputs=inputs):
-            after = target(model(**inputs))
+            after = _seeded(model, inputs)
         with intervene(model, {f"{s.name}:{k}": Scale(3.0) for s in sites for k in range(s.units)}, inputs=inputs):
-            changed = target(model(**inputs))
+            changed = _seeded(model, inputs)
     if not torch.equal(before, after):
         return f"a factor of 1 changes the logit from {before.item()} to {after.item()}"
     return "a factor of 3 changes nothing" if torch.equal(before, changed) else ""
+
+
+def _seeded(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    torch.manual_seed(3)
+    return target(model(**inputs))
 
 
 def _owner(model: nn.Module, site: Site) -> nn.Module | None:
