@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnlrp import evaluation as evaluate
+    from attnlrp.collecting import activation_maps, reference_samples
     from attnlrp.comparison import Comparison, compare
     from attnlrp.engine import Propagation, propagate
     from attnlrp.errors import (
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from attnlrp.image_explanation import ImageExplanation
     from attnlrp.intervention import Add, Clamp, Direction, Scale, Set, intervene
     from attnlrp.ledger import Ledger, audit
+    from attnlrp.ranking import ReferenceSample
+    from attnlrp.reference import ReferenceSamples
     from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, MAMBA_LRP, VIT, VIT_CP, VIT_DINOV2
     from attnlrp.targets import OTHERS, Continuation, Head, Neuron
     from attnlrp.weights import weight_relevance
@@ -59,6 +62,8 @@ _HOMES = {
     "OTHERS": "targets",
     "OutOfMemoryError": "errors",
     "Propagation": "engine",
+    "ReferenceSample": "ranking",
+    "ReferenceSamples": "reference",
     "Scale": "intervention",
     "Set": "intervention",
     "SparseAutoencoder": "features",
@@ -67,10 +72,12 @@ _HOMES = {
     "VIT": "rules",
     "VIT_CP": "rules",
     "VIT_DINOV2": "rules",
+    "activation_maps": "collecting",
     "audit": "ledger",
     "compare": "comparison",
     "intervene": "intervention",
     "propagate": "engine",
+    "reference_samples": "collecting",
     "search_gamma": "gamma",
     "weight_relevance": "weights",
 }
@@ -102,17 +109,21 @@ __all__ = [
     "NumericalError",
     "OutOfMemoryError",
     "Propagation",
+    "ReferenceSample",
+    "ReferenceSamples",
     "Scale",
     "Set",
     "SparseAutoencoder",
     "TargetError",
     "UnknownOperationError",
     "__version__",
+    "activation_maps",
     "audit",
     "compare",
     "evaluate",
     "intervene",
     "propagate",
+    "reference_samples",
     "search_gamma",
     "weight_relevance",
 ]

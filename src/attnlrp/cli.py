@@ -14,6 +14,7 @@ from rich.table import Table
 
 from attnlrp.cli_evaluate import app as evaluate
 from attnlrp.cli_intervene import intervene
+from attnlrp.cli_neurons import app as neurons
 from attnlrp.cli_options import Device, Dtype, File, Json, Model, Text, errors, progress, read_text, write_json
 from attnlrp.errors import AttnLRPError, InputError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evaluate)
+app.add_typer(neurons)
 Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
 ]

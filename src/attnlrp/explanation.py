@@ -17,7 +17,7 @@ from torch import Tensor
 from attnlrp.errors import InputError
 from attnlrp.latent import Latent, UnitRelevance
 
-__all__ = ["Candidate", "ExplainedTarget", "Explanation"]
+__all__ = ["Candidate", "ExplainedTarget", "Explanation", "join_pieces"]
 
 FORMAT = 1
 _PART = re.compile(r"(?P<text>.+)\[(?P<index>\d+)/\d+\]", re.DOTALL)
@@ -180,7 +180,7 @@ class Explanation:
         words = [self.words[a] for a in starts]
         return dataclasses.replace(
             self,
-            tokens=tuple(_join(self.tokens[a:b], self.segments[a]) for a, b in spans),
+            tokens=tuple(join_pieces(self.tokens[a:b], self.segments[a]) for a, b in spans),
             token_ids=tuple(self.token_ids[a] for a in starts),
             relevance=relevance,
             targets=tuple(
@@ -289,7 +289,7 @@ def _read(path: Path) -> dict[str, Any]:
         return data | {"relevance": tensors["relevance"], "tensors": tensors}
 
 
-def _join(pieces: tuple[str, ...], segment: str) -> str:
+def join_pieces(pieces: tuple[str, ...], segment: str) -> str:
     """Text of a word; the parts "é[1/2]", "é[2/2]" of one character read "é" again, the patches of an image once."""
     if segment == "image":
         return pieces[0] if len(pieces) == 1 else f"{pieces[0]}×{len(pieces)}"

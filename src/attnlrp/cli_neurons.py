@@ -1,0 +1,333 @@
+"""The command `attnlrp neurons`: arguments and calls, no logic."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from attnlrp.explainer import Explainer
+    from attnlrp.image_explainer import ImageExplainer
+    from attnlrp.labels import Label, Match
+    from attnlrp.ranking import ReferenceSample
+    from attnlrp.reference import ReferenceSamples
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="neurons", help="What the units inside of a model stand for.", no_args_is_help=True, rich_markup_mode=None
+)
+errors = Console(stderr=True, soft_wrap=True)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
+]
+SameModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="The model of the samples; without it, neither heat maps nor weights.", show_default=False
+    ),
+]
+Folder = Annotated[Path, typer.Option("--samples", help="Folder of attnlrp neurons collect.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Folder to keep them in.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
+]
+
+
+class Order(str, enum.Enum):
+    """What samples are ranked by."""
+
+    activation = "activation"
+    relevance = "relevance"
+    low_activation = "-activation"
+    low_relevance = "-relevance"
+
+
+class Reduce(str, enum.Enum):
+    """How relevance is read off the tokens of a text."""
+
+    sum = "sum"
+    max = "max"
+
+
+class Explained(str, enum.Enum):
+    """What relevance is of."""
+
+    every = "every"
+    own = "own"
+
+
+By = Annotated[
+    Order | None,
+    typer.Option(help="Which samples; a minus for the lowest; default: the first collected.", show_default=False),
+]
+
+
+@app.command()
+def collect(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A .jsonl file with text on each line, or a data set of the hub; for vision models a folder, .zip or "
+            ".csv of images.",
+            show_default=False,
+        ),
+    ],
+    out: Out,
+    model: Model = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='neurons, heads, or layers such as "layers.1?.mlp"; may be repeated; default: neurons.',
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        list[Order] | None,
+        typer.Option(help="May be repeated; default: activation and relevance.", show_default=False),
+    ] = None,
+    reduce: Annotated[Reduce, typer.Option(help="Relevance of a text: the sum over its tokens, or the largest.")] = (
+        Reduce.sum
+    ),
+    top: Annotated[int, typer.Option(min=1, help="Samples that are kept of each unit.")] = 10,
+    target: Annotated[
+        Explained | None,
+        typer.Option(help="Explain every prediction of a text, or the own one of the task.", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="The first N texts only; default: all.", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens that texts are cut to.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in one pass.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Keep the texts on which each unit is the most active and the most relevant; the same command goes on."""
+    with _status(f"; {out} keeps what was done, the same command goes on from there") as report:
+        report("reading")
+        explainer = _load(model, device, dtype, report)
+        records = _records(explainer, data)[:samples]
+        from attnlrp.collecting import reference_samples
+
+        found = reference_samples(
+            explainer,
+            records,
+            units=units or "neurons",
+            by=[order.value for order in by or (Order.activation, Order.relevance)],
+            reduce=reduce.value,
+            top=top,
+            target=None if target is None else target.value,
+            length=length,
+            batch_size=batch_size,
+            folder=out,
+            progress=lambda done, last: report(f"{done} of {len(records)}: {last}"),
+        )
+    _summary(found, out)
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders, in the order of their texts.", show_default=False)],
+    out: Out,
+) -> None:
+    """Join the samples of several parts of a data set."""
+    from attnlrp.reference import ReferenceSamples
+
+    found = ReferenceSamples.load(folders[0])
+    for folder in folders[1:]:
+        found = found.merge(ReferenceSamples.load(folder))
+    _summary(found, found.save(out))
+
+
+@app.command()
+def label(
+    units: Annotated[
+        list[str], typer.Argument(help="Addresses such as layers.17.mlp:3948.", metavar="UNIT...", show_default=False)
+    ],
+    samples: Folder,
+    model: SameModel = None,
+    by: By = None,
+    top: Annotated[int, typer.Option(min=1, help="Samples that are shown of each unit.")] = 10,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Say what units stand for: their reference samples, the words there, and the tokens that their weights promote."""
+    from attnlrp import labels
+    from attnlrp.reference import ReferenceSamples
+
+    found = ReferenceSamples.load(samples)
+    order: Any = None if by is None else by.value
+    shown: list[tuple[Label, list[ReferenceSample]]] = []
+    with _status() as report:
+        explainer = None if model is None else _same(found, model, device, dtype, report)
+        lens = _lens(explainer)
+        for unit in units:
+            report(f"reading {unit}")
+            own = found.of(unit, order)[:top]
+            shown.append((labels.label(found, unit, lens=lens, by=order), _mapped(explainer, own)))
+    if json_to is not None:
+        _write_json([_described(*one) for one in shown], json_to)
+    if json_to != "-":
+        console = Console(highlight=False)
+        for one in shown:
+            _show_label(console, *one)
+
+
+@app.command()
+def search(
+    word: Annotated[str, typer.Argument(help="A word, in any case.", show_default=False)],
+    samples: Folder,
+    model: SameModel = None,
+    by: By = None,
+    top: Annotated[int, typer.Option(min=1, help="Units that are listed.")] = 10,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """List the units that stand for a word: active at it or before it, and with weights that promote it."""
+    from attnlrp import labels
+    from attnlrp.reference import ReferenceSamples
+
+    found = ReferenceSamples.load(samples)
+    order: Any = None if by is None else by.value
+    with _status() as report:
+        lens = _lens(None if model is None else _same(found, model, device, dtype, report))
+        report("searching")
+        matches = labels.search(found, word, lens=lens, by=order, count=top)
+    if json_to is not None:
+        _write_json([vars(match) for match in matches], json_to)
+    if json_to != "-":
+        _show_matches(Console(highlight=False), found, matches, order)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _load(model: str | None, device: str | None, dtype: str | None, report: Any) -> Explainer | ImageExplainer:
+    from attnlrp import models
+    from attnlrp.explainer import Explainer
+    from attnlrp.image_explainer import ImageExplainer
+
+    found, reader, shown = models.load(model, device=device, dtype=dtype, report=report)
+    kind = ImageExplainer if models.task_of(found) in models.IMAGE_TASKS else Explainer
+    return kind(found, reader, name=shown)
+
+
+def _same(
+    samples: ReferenceSamples, model: str, device: str | None, dtype: str | None, report: Any
+) -> Explainer | ImageExplainer:
+    """The model that the samples are of."""
+    from attnlrp.collecting import name_of_model
+    from attnlrp.errors import InputError
+
+    explainer = _load(model, device, dtype, report)
+    if name_of_model(explainer) != samples.settings.model:
+        raise InputError(f"--model: got {name_of_model(explainer)}, the samples are of {samples.settings.model}")
+    return explainer
+
+
+def _records(explainer: Explainer | ImageExplainer, data: str) -> list[Any]:
+    from attnlrp.evaluation.data import read
+    from attnlrp.evaluation.image_data import files_of
+    from attnlrp.image_explainer import ImageExplainer
+
+    if isinstance(explainer, ImageExplainer):
+        return list(files_of(Path(data)))
+    return [record for record in read(data) if record.get("text", "").strip()]
+
+
+def _lens(explainer: Any) -> Any:
+    """The logit lens of a language model; None for other models."""
+    from attnlrp import labels
+
+    return labels.LogitLens(explainer) if explainer is not None and labels.has_lens(explainer) else None
+
+
+def _mapped(explainer: Any, samples: list[ReferenceSample]) -> list[ReferenceSample]:
+    from attnlrp.collecting import activation_maps
+
+    return samples if explainer is None else activation_maps(explainer, samples)
+
+
+# --- showing --------------------------------------------------------------------------------------------------------
+
+
+def _summary(found: ReferenceSamples, folder: Path) -> None:
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    layers = f"{len(found.sites)} layers, {found.units} units, {', '.join(found.settings.by)}"
+    errors.print(escape(f"{found.count} texts, {layers}: {folder} ({size:.1f} MiB)"), highlight=False)
+
+
+def _show_label(console: Console, found: Label, samples: list[ReferenceSample]) -> None:
+    from attnlrp.show.samples import listed, render
+
+    console.print(Text(found.unit, "bold"))
+    for title, words in {"at": found.words, "before": found.after}.items():
+        console.print(Text(f"{title:<11}", "dim"), listed([(w, f"{s:.0%}") for w, s in words]), sep="")
+    for title, tokens in {"promotes": found.promotes, "suppresses": found.suppresses}.items():
+        if tokens:
+            pairs = [(t.token, f"{t.deviation:+.1f}") for t in tokens]
+            console.print(Text(f"{title:<11}", "dim"), listed(pairs), sep="")
+    console.print(render(samples))
+    console.print()
+
+
+def _show_matches(console: Console, samples: ReferenceSamples, matches: list[Match], by: Any) -> None:
+    from attnlrp.show.samples import listed
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("unit", "score", "at", "before", "promotes", "words at its peaks"):
+        table.add_column(column, justify="right" if column not in ("unit", "words at its peaks") else "left")
+    for match in matches:
+        words = itertools.islice(samples.words(match.unit, by), 4)
+        numbers = f"{match.score:.2f}", f"{match.at:.0%}", f"{match.after:.0%}", f"{match.promotes:+.1f}"
+        table.add_row(match.unit, *numbers, listed([(w, f"{s:.0%}") for w, s in words]))
+    console.print(table)
+
+
+def _described(found: Label, samples: list[ReferenceSample]) -> dict[str, Any]:
+    """Plain data of a label and its samples."""
+    rows = [
+        {k: getattr(s, k) for k in ("by", "rank", "value", "sample", "position", "word")}
+        | {"name": s.passage.name, "text": s.passage.text, "tokens": s.passage.tokens}
+        | {"activation": None if s.activation is None else s.activation.tolist()}
+        for s in samples
+    ]
+    tokens = {kind: [vars(t) for t in getattr(found, kind)] for kind in ("promotes", "suppresses")}
+    return {"unit": found.unit, "words": found.words, "after": found.after, **tokens, "samples": rows}
+
+
+@contextmanager
+def _status(kept: str = "") -> Iterator[Any]:
+    """One line on standard error that says what takes its time; an interruption says how to go on."""
+    try:
+        with errors.status("starting") as status:
+            yield lambda step: status.update(escape(step))
+    except KeyboardInterrupt:
+        errors.print(f"interrupted{escape(kept)}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+def _write_json(data: Any, path: str) -> None:
+    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
+    if path == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Path(path).write_text(text + "\n", encoding="utf-8")
