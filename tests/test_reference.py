@@ -28,7 +28,7 @@ TEXTS = [
     "The film was great, the play was bad",
     "He said: don't go there! She said 'why not?'",
     "they were walking and talking in the garden.",
-    "The capital of Italy is Rome.",
+    "Italy has Rome as its capital.",
     "unbelievable unhappiness is not the end of the world.",
     "The film was great, the play was bad",
 ]

@@ -66,7 +66,7 @@ class Match:
 
     Args:
         unit: its address.
-        score: at + after + promotes / 10, the last between 0 and 1.
+        score: the larger of `at` and `after`, plus promotes / 10, which is kept between 0 and 1.
         at: share of its reference samples with their peak at the word, of as many as could: at most the texts that
             hold the word.
         after: share of those whose peak is at the word before it.
@@ -217,7 +217,7 @@ def search(
         promotes = torch.zeros(site.units)
         if lens is not None and site.kind == "neurons":
             promotes = sign * lens.promotion(site, word).cpu()
-        score = shares[0] + shares[1] + (promotes / _FULL).clamp(0, 1)
+        score = torch.maximum(*shares) + (promotes / _FULL).clamp(0, 1)
         best = score.topk(min(count, site.units)).indices.tolist()
         columns = [column.tolist() for column in (score, *shares, promotes)]
         found += [Match(f"{site.name}:{k}", *(column[k] for column in columns)) for k in best]
