@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tiny
 import tiny_tasks
-from attnlrp import Explainer, InputError, ModelError, Neuron, reference_samples
+import tiny_vision
+from attnlrp import Explainer, InputError, ModelError, Neuron, ReferenceSamples, reference_samples
 from attnlrp.labels import LogitLens, label, search
 from attnlrp.units import find_sites
 from command import Run
@@ -195,6 +196,22 @@ def test_parts_are_merged(run: Run, root: Path) -> None:
         for folder in ("merged", "samples-all")
     ]
     assert outs[0] == outs[1]
+
+
+def test_images_are_collected_too(run: Run, tmp_path: Path) -> None:
+    explainer = tiny_vision.build("ViT")
+    explainer.model.float().save_pretrained(tmp_path / "model")
+    explainer.processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        tiny_vision.photo(seed=k).save(tmp_path / "photos" / f"{k}.png")
+    done = run("neurons", "collect", tmp_path / "photos", "--out", tmp_path / "out", "--model", tmp_path / "model")
+    assert done.status == 0, done.err
+    assert "3 texts, 2 layers" in done.err
+    (site, *_) = ReferenceSamples.load(tmp_path / "out").sites
+    shown = run("neurons", "label", f"{site.name}:3", "--samples", tmp_path / "out", "--model", tmp_path / "model")
+    assert shown.status == 0, shown.err
+    assert ".png @" in shown.out
 
 
 def test_errors_of_the_command(run: Run, root: Path) -> None:

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import attnlrp
 import tiny_tasks
+import tiny_vision
 from attnlrp import Explainer, InputError, Neuron, NumericalError, ReferenceSamples, activation_maps, reference_samples
+from attnlrp.images import read_image
 from attnlrp.ranking import Passage, Ranking
 from attnlrp.units import example_inputs, find_sites
 from tiny_tokenizers import CONTEXT, build, build_tokenizer
@@ -172,6 +174,39 @@ def test_an_encoder_decoder_has_units_on_both_sides() -> None:
     (first, _) = samples.of("decoder.block.1.layer.2.DenseReluDense:7")
     assert first.position == 0  # of the one token that the decoder has read
     assert {s.sample for s in samples.of("encoder.block.0.layer.1.DenseReluDense:7")} <= set(range(8))
+
+
+def test_images_have_patches_instead_of_tokens(tmp_path: Path) -> None:
+    explainer = tiny_vision.build("ViT")
+    files = [tmp_path / f"{k}.png" for k in range(4)]
+    for k, file in enumerate(files):
+        tiny_vision.photo(seed=k).save(file)
+    (site, *_) = [s for s in find_sites(explainer.model, example_inputs(explainer.model)) if s.kind == "neurons"]
+    samples = reference_samples(explainer, files, by=ALL, top=2)
+    read: list[Tensor] = []
+    module = explainer.model.get_submodule(site.weight.rpartition(".")[0])
+    hook = module.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    activations, relevance = [], []
+    for file in files:
+        pixels = explainer.processor(images=read_image(file)[0], return_tensors="pt")["pixel_values"].double()
+        with attnlrp.propagate(explainer.model, explainer.rules):
+            total = explainer.model(pixel_values=pixels.requires_grad_()).logits.max()
+        (grad,) = torch.autograd.grad(total, read[-1])
+        activations.append(read[-1][0].detach())
+        relevance.append((read[-1] * grad)[0].detach().sum(dim=0))
+    hook.remove()
+    for unit in range(0, site.units, 5):
+        best = torch.stack([x[:, unit].max() for x in activations]).argsort(descending=True)[:2].tolist()
+        own = samples.of(f"{site.name}:{unit}")
+        assert [(s.sample, s.passage.text) for s in own] == [(k, str(files[k])) for k in best]
+        assert [s.position for s in own] == [int(activations[k][:, unit].argmax()) for k in best]
+        lowest = torch.stack(relevance)[:, unit].argsort()[:2].tolist()
+        assert [s.sample for s in samples.of(f"{site.name}:{unit}", "-relevance")] == lowest
+    (mapped,) = activation_maps(explainer, samples.of(f"{site.name}:3")[:1])
+    assert mapped.activation is not None
+    torch.testing.assert_close(mapped.activation, activations[mapped.sample][:, 3])
+    with pytest.raises(InputError, match="image 0: got 3, expected the name of a file"):
+        reference_samples(explainer, [{"image": 3}])
 
 
 # --- one pass, in parts ---------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ def collect(
     data: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl file with text on each line, or a data set of the hub; for vision models a folder, .zip or "
-            ".csv of images.",
+            help="A .jsonl file with text on each line, or a data set of the hub; for vision models a folder of "
+            "images.",
             show_default=False,
         ),
     ],
@@ -249,7 +249,7 @@ def _records(explainer: Explainer | ImageExplainer, data: str) -> list[Any]:
     from attnlrp.image_explainer import ImageExplainer
 
     if isinstance(explainer, ImageExplainer):
-        return list(files_of(Path(data)))
+        return [path for path in files_of(data) if isinstance(path, Path)]
     return [record for record in read(data) if record.get("text", "").strip()]
 
 

@@ -59,8 +59,9 @@ def reference_samples(
 
     Args:
         explainer: of a model that reads texts, or images.
-        texts: texts, or mappings with "text" and optional "name"; for an `ImageExplainer` images, or mappings with
-            "image" and optional "name". They are read once, one batch after the other.
+        texts: texts, or mappings with "text" and optional "name"; for an `ImageExplainer` names of files, or mappings
+            with "image" and optional "name". They are read once, one batch after the other. The tokens of an image are
+            the positions in a layer: patches, and what it reads besides.
         units: "neurons", "heads", or addresses of layers with wildcards, such as "layers.1?.mlp"; several of them.
         by: what units are ranked by: "activation", "relevance"; with a minus, the lowest come first: neurons with a
             gate have a meaning at either sign. The activation of a head is the norm of its output.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,7 @@ class Texts:
         return Request(ids, [], ("prompt",) * len(ids), types=types)
 
     def _passage(self, record: Named, request: Request) -> Passage:
-        texts = pieces(self._explainer.tokenizer, request.ids)
+        texts = tuple(map(sys.intern, pieces(self._explainer.tokenizer, request.ids)))  # many texts share few tokens
         special = [i in self._specials for i in request.ids]
         return Passage(record.name, record.content, texts, words(texts, special))
 
@@ -142,12 +143,13 @@ class Images:
         self._explainer = explainer
 
     def named(self, records: Iterable[Record]) -> Iterator[Named]:
-        """Images with names; a file is called by its name, another by its number."""
+        """Files of images, called by their names if they have no other."""
         for number, record in enumerate(records):
             image = record.get("image") if isinstance(record, Mapping) else record
-            name = str(image) if isinstance(image, (str, Path)) else str(number)
-            name = str(record.get("name", name)) if isinstance(record, Mapping) else name
-            yield Named(name, image, name)
+            if not isinstance(image, (str, Path)):
+                raise InputError(f"image {number}: got {image!r:.60}, expected the name of a file")
+            name = record.get("name") if isinstance(record, Mapping) else None
+            yield Named(str(name or Path(image).name), str(image), str(image))
 
     def passes(self, records: Sequence[Named]) -> Iterator[Pass]:
         """One pass for each image."""
@@ -155,7 +157,7 @@ class Images:
             picture, _ = read_image(record.content)
             inputs = self._explainer._inputs(picture, None)
             pixels = inputs["pixel_values"].requires_grad_()
-            passage = Passage(record.name, record.name, (), ())
+            passage = Passage(record.name, record.content, (), ())
             yield Pass(inputs, [passage], [(None,)], self._total, (pixels,))
 
     def _total(self, output: Any) -> Tensor:

@@ -22,8 +22,8 @@ class Passage:
 
     Args:
         name: of its record.
-        text: what was read, cut to the length of the pass.
-        tokens: text of each token, see `attnlrp.tokens.pieces`.
+        text: what was read, cut to the length of the pass; of an image, its file.
+        tokens: text of each token, see `attnlrp.tokens.pieces`; none of an image.
         words: index of the word that each token belongs to.
     """
 

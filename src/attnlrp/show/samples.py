@@ -52,6 +52,8 @@ def listed(pairs: Sequence[tuple[str, str]]) -> Text:
 
 def _passage(sample: ReferenceSample, around: int, end: float, dark: bool) -> Text:
     tokens, peak = sample.passage.tokens, sample.position
+    if not tokens:  # of an image
+        return Text()
     first, last = max(0, peak - around), min(len(tokens), peak + around + 1)
     out = Text("… " if first else "", "dim")
     for k in range(first, last):
