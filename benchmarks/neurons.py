@@ -94,9 +94,10 @@ def size(samples: attnlrp.ReferenceSamples, folder: Path) -> dict[str, float]:
     }
 
 
-def described(found: Label, why: str) -> dict[str, Any]:
+def described(samples: attnlrp.ReferenceSamples, found: Label, why: str) -> dict[str, Any]:
     tokens = {kind: [t.token for t in getattr(found, kind)] for kind in ("promotes", "suppresses")}
-    return {"why": why, "unit": found.unit, "words": found.words, "after": found.after, **tokens}
+    relevant = samples.words(found.unit, "relevance")
+    return {"why": why, "unit": found.unit, "words": found.words, "after": found.after, "relevant": relevant, **tokens}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -107,23 +108,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         words = [
             ", ".join(f"{w} {share:.0%}" for w, share in row[kind][:5]).replace("|", "\\|")
-            for kind in ("words", "after")
+            for kind in ("words", "after", "relevant")
         ]
         tokens = [" ".join(f"`{t}`" for t in row[kind][:6]).replace("|", "\\|") for kind in ("promotes", "suppresses")]
         lines.append(f"| {row['unit']} | {row['why']} | {' | '.join(words)} | {' | '.join(tokens)} |")
     return "\n".join(lines).replace("\n`", "`") + "\n"
 
 
-def labels(explainer: attnlrp.Explainer, samples: attnlrp.ReferenceSamples) -> list[dict[str, Any]]:
+def labels(explainer: attnlrp.Explainer, samples: attnlrp.ReferenceSamples) -> tuple[list[dict[str, Any]], float]:
     lens, draw = LogitLens(explainer), random.Random(0)
     drawn = [(site, draw.randrange(site.units)) for site in draw.sample(samples.sites, DRAWN)]
     drawn.sort(key=lambda one: samples.sites.index(one[0]))
-    rows = [described(label(samples, f"{site.name}:{k}", lens=lens), "drawn") for site, k in drawn]
+    rows = [described(samples, label(samples, f"{site.name}:{k}", lens=lens), "drawn") for site, k in drawn]
+    took = []
     for word in WORDS:
-        for match in search(samples, word, lens=lens, count=2):
+        start = time.perf_counter()
+        found = search(samples, word, lens=lens, count=2)
+        took.append(time.perf_counter() - start)
+        for match in found:
             why = f"{word}: {match.score:.2f} (at {match.at:.0%}, before {match.after:.0%}, {match.promotes:+.1f} sd)"
-            rows.append(described(label(samples, match.unit, lens=lens), why))
-    return rows
+            rows.append(described(samples, label(samples, match.unit, lens=lens), why))
+    return rows, statistics.median(took)
 
 
 def main() -> None:
@@ -156,9 +161,9 @@ def main() -> None:
         name: peak_mebibytes(explainer.model, torch.tensor([[0]]), lambda model, ids, run=method: run(longest))
         for name, method in methods(explainer).items()
     }
+    rows, cost["seconds of a search"] = labels(explainer, samples)
     (options.out / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
     print(json.dumps(cost["one text"], indent=1), cost["peak of one pass, MiB"])
-    rows = labels(explainer, samples)
     (options.out / "labels.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (options.out / "labels.md").write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows))

@@ -15,8 +15,9 @@ import tiny_tasks
 import tiny_vision
 from attnlrp import Explainer, InputError, ModelError, Neuron, ReferenceSamples, reference_samples
 from attnlrp.labels import LogitLens, label, search
-from attnlrp.units import find_sites
+from attnlrp.units import Rows, Taps, find_sites
 from command import Run
+from conformance import recipe
 from test_reference import TEXTS, explain
 from tiny_tokenizers import build_tokenizer
 
@@ -57,6 +58,37 @@ def test_the_lens_is_its_formula(name: str) -> None:
     assert [t.id for t in suppressed] == expected.topk(5, largest=False).indices.tolist()
     assert [t.deviation for t in promoted] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-3)
     assert promoted[0].token == tokenizer.decode([promoted[0].id])
+
+
+@pytest.mark.parametrize("kind", ["cohere", "gemma3_text", "gpt_neox", "nemotron", "olmo2", "opt", "stablelm"])
+def test_the_lens_is_what_a_neuron_does_to_the_logits(kind: str) -> None:
+    """Switched on far above and far below everything else, it moves the logits by twice the lens."""
+    model: Any = recipe.build("causal-lm", kind)
+    lens = LogitLens(Explainer(model, build_tokenizer("bytes")))
+    site = [s for s in lens.sites if s.kind == "neurons"][-1]
+    logits = []
+    for strength in (1e4, -1e4):
+
+        def switch(x: Tensor, rows: Rows | None, strength: float = strength) -> Tensor:
+            y = x.clone()
+            y[..., 1] += strength
+            return y
+
+        with torch.no_grad(), Taps(model, {site: switch}):
+            logits.append(model(**recipe.inputs("causal-lm", kind, model)).logits[0, -1])
+    moved = deviations(logits[0] - logits[1])
+    every, _ = lens(f"{site.name}:1", len(moved))
+    found = torch.zeros_like(moved)
+    found[[t.id for t in every]] = torch.tensor([t.deviation for t in every])
+    # a norm behind the MLP bounds what a neuron can do, so that the rest is still seen
+    assert torch.corrcoef(torch.stack([found, moved]))[0, 1] > (0.98 if kind in ("gemma3_text", "olmo2") else 0.9999)
+
+
+@pytest.mark.parametrize("kind", ["bert", "openai-gpt", "xlnet"])
+def test_a_lens_needs_a_norm_alone_behind_the_last_layer(kind: str) -> None:
+    model: Any = recipe.build("causal-lm", kind)
+    with pytest.raises(ModelError, match="a logit lens expects a norm, and nothing else, between its last layer and"):
+        LogitLens(Explainer(model, build_tokenizer("bytes")))
 
 
 def test_promotion_of_a_word_is_the_deviation_of_its_token() -> None:
@@ -106,7 +138,7 @@ def test_a_search_finds_the_neuron_that_was_put_there() -> None:
     lens = LogitLens(explainer)
     (first, second) = search(samples, "Capital", lens=lens, count=2)
     assert first.unit == "h.0.mlp:77"
-    assert first.at == 1.0  # of the texts that hold the word, all have their peak there
+    assert first.at == 3 / 8  # as many texts hold the word, of all that were kept
     assert first.promotes > 3
     assert first.score == pytest.approx(max(first.at, first.after) + min(first.promotes / 10, 1))
     assert first.score > second.score
@@ -118,14 +150,13 @@ def test_a_search_finds_the_neuron_that_was_put_there() -> None:
     assert label(samples, Neuron(0, 77)).promotes == []
 
 
-def test_shares_are_of_the_texts_that_hold_the_word() -> None:
+def test_shares_are_of_the_samples_of_a_unit() -> None:
     samples = reference_samples(explain("gpt2"), TEXTS, by="activation", top=4)
-    word = "bad"
-    for match in search(samples, word, count=500):
+    for match in search(samples, "bad", count=500):
         own = samples.of(match.unit)
-        assert match.at == min(2, sum(s.word == word for s in own)) / 2  # two texts hold it
-        assert match.after == min(2, sum(s.passage.word_after(s.position) == word for s in own)) / 2
-        assert match.promotes == 0
+        assert match.at == sum(s.word == "bad" for s in own) / 4
+        assert match.after == sum(s.passage.word_after(s.position) == "bad" for s in own) / 4
+        assert (match.promotes, match.score) == (0, max(match.at, match.after))
 
 
 @pytest.mark.parametrize("word", ["", " ", "two words"])

@@ -76,6 +76,13 @@ def test_gates_of_a_normalisation_are_no_neurons() -> None:
     assert {s.kind for s in sites if s.name.endswith("self_attn")} == {"heads"}
 
 
+@pytest.mark.parametrize(("kind", "name"), [("arcee", "layers.0.mlp"), ("nemotron", "layers.0.mlp")])
+def test_squared_activations_are_neurons(kind: str, name: str) -> None:
+    model = recipe.build("causal-lm", kind)  # relu(x) ** 2
+    sites = find_sites(model, recipe.inputs("causal-lm", kind, model))
+    assert next(s.name for s in sites if s.kind == "neurons") == name
+
+
 def test_a_model_without_layers_of_units() -> None:
     with pytest.raises(ModelError, match=r"Sequential: found neither neurons nor heads; expected layers whose"):
         find_sites(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {"input": torch.randn(2, 3)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,8 @@ class Match:
     Args:
         unit: its address.
         score: the larger of `at` and `after`, plus promotes / 10, which is kept between 0 and 1.
-        at: share of its reference samples with their peak at the word, of as many as could: at most the texts that
-            hold the word.
-        after: share of those whose peak is at the word before it.
+        at: share of its reference samples with their peak at the word.
+        after: share of those with their peak at the word before it.
         promotes: how far its output weights raise the word's logit, in standard deviations of the vocabulary (of the
             forms with and without a space or capital, the largest); 0 without a `LogitLens`, or if no form is a token.
     """
@@ -93,7 +92,7 @@ class LogitLens:
         explainer: of a language model without an encoder.
 
     Raises:
-        ModelError: another kind of model, or one whose output embedding does not read a norm.
+        ModelError: another kind of model, or more than a norm between its last layer and its output embedding.
 
     Reference:
         nostalgebraist 2020 (logit lens); Geva et al. 2022 for the columns of an MLP.
@@ -233,14 +232,14 @@ class _Places:
             number: [k for k, own in enumerate(_by_token(passage, after)) if own.casefold() == wanted]
             for number, passage in samples.passages.items()
         }
-        self._possible = max(1, min(samples.settings.top, sum(map(bool, rows.values()))))
         self._stride = 1 + max((len(p.tokens) for p in samples.passages.values()), default=0)
         self._keys = torch.tensor([n * self._stride + k for n, own in rows.items() for k in own], dtype=torch.int64)
 
     def share(self, samples: Tensor, positions: Tensor) -> Tensor:
-        """Share of the samples (unit, top) that have their peak there, of as many as could (unit,)."""
+        """Share of the samples (unit, top) that have their peak there (unit,)."""
         keys = samples.long() * self._stride + positions
-        return (torch.isin(keys, self._keys) & (samples != NONE)).sum(dim=1).clamp(max=self._possible) / self._possible
+        there = (torch.isin(keys, self._keys) & (samples != NONE)).sum(dim=1)
+        return there / (samples != NONE).sum(dim=1).clamp(min=1)
 
 
 def _by_token(passage: Any, after: bool) -> list[str]:
@@ -261,8 +260,7 @@ def _columns(model: Any, site: Site, hidden: int) -> Tensor:
     weight = model.get_parameter(site.weight).detach()
     if site.expert is None:
         eye = torch.eye(site.units, dtype=model.dtype, device=weight.device)
-        with torch.no_grad():
-            written: Tensor = module(eye) - module(torch.zeros_like(eye[:1]))
+        written: Tensor = _linear(module, eye, site.weight)
     else:
         own = weight[site.expert]
         transposed = getattr(module, "is_transposed", False) if site.units == hidden else own.shape[0] == site.units
@@ -276,10 +274,17 @@ def _through(norm: nn.Module, columns: Tensor) -> Tensor:
     """Columns (unit, hidden) of root mean square 1 through a norm, without its bias."""
     wide = columns.float() if columns.dtype in (torch.float16, torch.bfloat16) else columns
     size = wide.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny).sqrt()
-    scaled = (wide / size).to(columns.dtype)
-    with torch.no_grad():
-        seen: Tensor = norm(scaled) - norm(torch.zeros_like(scaled[:1]))
-    return seen
+    return _linear(norm, (wide / size).to(columns.dtype), type(norm).__name__)
+
+
+def _linear(module: Any, x: Tensor, name: str) -> Tensor:
+    """What a module makes of each row, without its bias."""
+    try:
+        with torch.no_grad():
+            result: Tensor = module(x) - module(torch.zeros_like(x[:1]))
+    except TypeError as error:
+        raise ModelError(f"logit lens: {name} belongs to a module that reads more than one tensor ({error})") from error
+    return result
 
 
 class _Trace:
@@ -301,16 +306,24 @@ class _Trace:
             hook.remove()
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        read = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
         given = output if isinstance(output, (tuple, list)) else (output,)
-        self._given[self._names[module]] = _first((*args, *kwargs.values())), _first(given)
+        result = next((v for v in given if isinstance(v, Tensor) and v.is_floating_point()), None)
+        self._given[self._names[module]] = (read[0] if len(read) == 1 else None), result
 
     def norm_before(self, head: Any) -> nn.Module:
-        """The norm whose result the output embedding reads."""
+        """The norm whose result the output embedding reads, of what the last layer gives.
+
+        Raises:
+            ModelError: something else is between the last layer and the output embedding.
+        """
         read = self._given.get(self._names.get(head, ""), (None, None))[0]
-        found = [m for m, _, result in self._norms() if _same(result, read)]
+        streams = [result for name, (_, result) in self._given.items() if name.rpartition(".")[2].isdecimal()]
+        found = [m for m, x, result in self._norms() if _same(result, read) and any(_same(x, s) for s in streams)]
         if not found:
             raise ModelError(
-                f"{type(self._model).__name__}: its output embedding reads no norm, as a logit lens expects"
+                f"{type(self._model).__name__}: a logit lens expects a norm, and nothing else, between its last "
+                "layer and its output embedding"
             )
         return found[-1]
 
@@ -332,10 +345,6 @@ class _Trace:
             shaped = read is not None and result is not None and read.shape == result.shape
             if plain and shaped and not _same(read, result):
                 yield module, read, result
-
-
-def _first(values: Sequence[Any]) -> Tensor | None:
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -66,7 +66,8 @@ _ACTIVATIONS = frozenset(
 )
 _KEEPS = VIEWS | frozenset(
     "dropout to type float double half bfloat16 clone masked_fill nan_to_num cat stack index_select gather where pad "
-    "constant_pad_nd repeat_interleave repeat add sub neg mul div layer_norm rms_norm group_norm".split()
+    "constant_pad_nd repeat_interleave repeat add sub neg mul div square pow layer_norm rms_norm "
+    "group_norm".split()
 )
 SUMS = frozenset({"add", "sub", "__add__", "__radd__", "__sub__"})
 PRODUCTS = frozenset({"linear", "addmm", "matmul", "einsum"})
