@@ -169,11 +169,18 @@ def test_heads_by_the_norm_of_their_output() -> None:
 
 
 def test_an_encoder_decoder_has_units_on_both_sides() -> None:
-    samples = reference_samples(tiny_tasks.build("t5"), TEXTS, top=2)
+    explainer = tiny_tasks.build("t5")
+    samples = reference_samples(explainer, TEXTS, top=2)
     assert samples.settings.target == "own"
     (first, _) = samples.of("decoder.block.1.layer.2.DenseReluDense:7")
-    assert first.position == 0  # of the one token that the decoder has read
-    assert {s.sample for s in samples.of("encoder.block.0.layer.1.DenseReluDense:7")} <= set(range(8))
+    ids = explainer.tokenizer(first.passage.text).input_ids
+    assert (first.position, len(first.passage.tokens)) == (len(ids), len(ids) + 1)  # of the one that the decoder reads
+    (other, _) = samples.of("encoder.block.0.layer.1.DenseReluDense:7")
+    assert other.position < len(explainer.tokenizer(other.passage.text).input_ids)
+    for sample in activation_maps(explainer, [first, other]):
+        assert sample.activation is not None
+        assert len(sample.activation) == len(sample.passage.tokens)
+        assert sample.activation[sample.position].item() == pytest.approx(sample.value)
 
 
 def test_images_have_patches_instead_of_tokens(tmp_path: Path) -> None:

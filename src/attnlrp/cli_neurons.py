@@ -38,7 +38,9 @@ Model = Annotated[
 SameModel = Annotated[
     str | None,
     typer.Option(
-        "--model", help="The model of the samples; without it, neither heat maps nor weights.", show_default=False
+        "--model",
+        help="The model of the samples, for heat maps and weights; default: the packaged one, if they are of it.",
+        show_default=False,
     ),
 ]
 Folder = Annotated[Path, typer.Option("--samples", help="Folder of attnlrp neurons collect.", show_default=False)]
@@ -176,7 +178,7 @@ def label(
     order: Any = None if by is None else by.value
     shown: list[tuple[Label, list[ReferenceSample]]] = []
     with _status() as report:
-        explainer = None if model is None else _same(found, model, device, dtype, report)
+        explainer = _same(found, model, device, dtype, report)
         lens = _lens(explainer)
         for unit in units:
             report(f"reading {unit}")
@@ -208,7 +210,7 @@ def search(
     found = ReferenceSamples.load(samples)
     order: Any = None if by is None else by.value
     with _status() as report:
-        lens = _lens(None if model is None else _same(found, model, device, dtype, report))
+        lens = _lens(_same(found, model, device, dtype, report))
         report("searching")
         matches = labels.search(found, word, lens=lens, by=order, count=top)
     if json_to is not None:
@@ -231,15 +233,20 @@ def _load(model: str | None, device: str | None, dtype: str | None, report: Any)
 
 
 def _same(
-    samples: ReferenceSamples, model: str, device: str | None, dtype: str | None, report: Any
-) -> Explainer | ImageExplainer:
-    """The model that the samples are of."""
+    samples: ReferenceSamples, model: str | None, device: str | None, dtype: str | None, report: Any
+) -> Explainer | ImageExplainer | None:
+    """The model that the samples are of; None if it is not named, and not the packaged one."""
+    from attnlrp import demo
     from attnlrp.collecting import name_of_model
     from attnlrp.errors import InputError
 
+    expected = samples.settings.model
+    if model is None and expected != demo.NAME:
+        errors.print(escape(f"without --model {expected}: neither heat maps nor weights"), highlight=False)
+        return None
     explainer = _load(model, device, dtype, report)
-    if name_of_model(explainer) != samples.settings.model:
-        raise InputError(f"--model: got {name_of_model(explainer)}, the samples are of {samples.settings.model}")
+    if name_of_model(explainer) != expected:
+        raise InputError(f"--model: got {name_of_model(explainer)}, the samples are of {expected}")
     return explainer
 
 

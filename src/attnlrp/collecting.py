@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnlrp import checkpoint
 from attnlrp.columns import widen
@@ -85,7 +86,7 @@ def reference_samples(
         NumericalError: NaN or infinite activations or relevance.
 
     Reference:
-        Achtibat et al. 2023 (CRP) for relevance maximisation; paper, section 4.4, for texts that activate a neuron.
+        Achtibat et al. 2023 (CRP) for ranking by relevance; the paper names neurons by the texts that activate them.
     """
     rules = next((name for name, table in PRESETS.items() if table is explainer.rules), "custom")
     reader, chosen = readers(explainer, target, length)
@@ -146,7 +147,10 @@ def activation_maps(explainer: Explainer | ImageExplainer, samples: Sequence[Ref
         seen = _Seen(site, unit)
         with torch.no_grad(), Taps(explainer.model, {site: seen}):
             explainer.model(**one.inputs)
-        found.append(dataclasses.replace(sample, activation=seen.strongest(one.lengths[0][_side(site)])))
+        before, after = (0, 0) if len(lengths := one.lengths[0]) == 1 else (lengths[0] or 0, lengths[1] or 0)
+        own = seen.strongest(lengths[_side(site)])
+        padding = (before, 0) if _side(site) else (0, after)  # the other side of an encoder-decoder
+        found.append(dataclasses.replace(sample, activation=F.pad(own, padding)))
     return found
 
 
@@ -318,13 +322,19 @@ class _Collector:
         """The largest values of units (..., unit) over the tokens of each text, or their sums."""
         orders = [by for by in self._settings.by if by.removeprefix("-") == what]
         total = what == "relevance" and self._settings.reduce == "sum"
-        for text, own, positions in _by_text(x, rows, [lengths[_side(site)] for lengths in self._lengths]):
+        for text, own, tokens in _by_text(x, rows, [lengths[_side(site)] for lengths in self._lengths]):
+            positions = tokens + self._start(site, text)
             for by in orders if len(own) else ():
                 signed = -own if by.startswith("-") else own
                 peak, at = signed.max(dim=0)
                 best = _Best(signed.sum(dim=0) if total else peak, peak, positions[at])
                 before = self.found.get((by, site, text))
                 self.found[by, site, text] = best if before is None else _joined(before, best, total)
+
+    def _start(self, site: Site, text: int) -> int:
+        """Where the tokens of a layer begin among all that was read: a decoder's come after those of its encoder."""
+        first, *others = self._lengths[text]
+        return (first or 0) if others and _side(site) else 0
 
 
 def _activation(site: Site, x: Tensor) -> Tensor:
@@ -360,5 +370,5 @@ def _by_text(x: Tensor, rows: Rows | None, lengths: Sequence[int | None]) -> Ite
 
 
 def _side(site: Site) -> int:
-    """Which length of a text a layer has: of an encoder-decoder, that of the encoder or of the decoder."""
+    """Which length of a text a layer has: the last for a decoder beside an encoder, else the first."""
     return -1 if is_in_decoder(site.name) else 0

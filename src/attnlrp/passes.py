@@ -115,9 +115,11 @@ class Texts:
         return Request(ids, [], ("prompt",) * len(ids), types=types)
 
     def _passage(self, record: Named, request: Request) -> Passage:
-        texts = tuple(map(sys.intern, pieces(self._explainer.tokenizer, request.ids)))  # many texts share few tokens
-        special = [i in self._specials for i in request.ids]
-        return Passage(record.name, record.content, texts, words(texts, special))
+        ids = [*request.ids, *request.decoder]
+        texts = tuple(map(sys.intern, pieces(self._explainer.tokenizer, ids)))  # many texts share few tokens
+        special = [i in self._specials for i in ids]
+        sides = ["encoder"] * len(request.ids) + ["decoder"] * len(request.decoder)
+        return Passage(record.name, record.content, texts, words(texts, special, sides))
 
     def _total(self, requests: Sequence[Request], kept: dict[int, int], output: Any) -> Tensor:
         if self._every:
