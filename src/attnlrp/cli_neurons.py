@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from attnlrp.cli_options import Device, Dtype, Json, Model, errors, progress, write_json
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
@@ -29,12 +29,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="neurons", help="What the units inside of a model stand for.", no_args_is_help=True, rich_markup_mode=None
 )
-errors = Console(stderr=True, soft_wrap=True)
 
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
-]
 SameModel = Annotated[
     str | None,
     typer.Option(
@@ -45,11 +40,6 @@ SameModel = Annotated[
 ]
 Folder = Annotated[Path, typer.Option("--samples", help="Folder of attnlrp neurons collect.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Folder to keep them in.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
-]
 
 
 class Order(str, enum.Enum):
@@ -121,7 +111,7 @@ def collect(
     dtype: Dtype = None,
 ) -> None:
     """Keep the texts on which each unit is the most active and the most relevant; the same command goes on."""
-    with _status(f"; {out} keeps what was done, the same command goes on from there") as report:
+    with _kept(out) as report:
         report("reading")
         explainer = _load(model, device, dtype, report)
         records = _records(explainer, data)[:samples]
@@ -177,7 +167,7 @@ def label(
     found = ReferenceSamples.load(samples)
     order: Any = None if by is None else by.value
     shown: list[tuple[Label, list[ReferenceSample]]] = []
-    with _status() as report:
+    with progress() as report:
         explainer = _same(found, model, device, dtype, report)
         lens = _lens(explainer)
         for unit in units:
@@ -185,7 +175,7 @@ def label(
             own = found.of(unit, order)[:top]
             shown.append((labels.label(found, unit, lens=lens, by=order), _mapped(explainer, own)))
     if json_to is not None:
-        _write_json([_described(*one) for one in shown], json_to)
+        write_json([_described(*one) for one in shown], json_to)
     if json_to != "-":
         console = Console(highlight=False)
         for one in shown:
@@ -209,12 +199,12 @@ def search(
 
     found = ReferenceSamples.load(samples)
     order: Any = None if by is None else by.value
-    with _status() as report:
+    with progress() as report:
         lens = _lens(_same(found, model, device, dtype, report))
         report("searching")
         matches = labels.search(found, word, lens=lens, by=order, count=top)
     if json_to is not None:
-        _write_json([vars(match) for match in matches], json_to)
+        write_json([vars(match) for match in matches], json_to)
     if json_to != "-":
         _show_matches(Console(highlight=False), found, matches, order)
 
@@ -322,19 +312,11 @@ def _described(found: Label, samples: list[ReferenceSample]) -> dict[str, Any]:
 
 
 @contextmanager
-def _status(kept: str = "") -> Iterator[Any]:
-    """One line on standard error that says what takes its time; an interruption says how to go on."""
+def _kept(folder: Path) -> Iterator[Any]:
+    """Progress; an interruption says how to go on."""
     try:
-        with errors.status("starting") as status:
-            yield lambda step: status.update(escape(step))
+        with progress() as report:
+            yield report
     except KeyboardInterrupt:
-        errors.print(f"interrupted{escape(kept)}", highlight=False)
+        errors.print(f"interrupted; {escape(str(folder))} keeps what was done, the same command goes on from there")
         raise typer.Exit(1) from None
-
-
-def _write_json(data: Any, path: str) -> None:
-    text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
-    if path == "-":
-        sys.stdout.write(text + "\n")
-    else:
-        Path(path).write_text(text + "\n", encoding="utf-8")
