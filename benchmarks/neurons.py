@@ -7,7 +7,7 @@ TEXTS.jsonl has a text on each line, such as `wikipedia.jsonl` of benchmarks/loc
 - cost.json: seconds per text against gradient x input with the same target (the prediction at every token), taking
   turns; peak memory of one pass; how large the kept state and its folder are after a part of the texts and after all;
 - labels.json, labels.md: what is found of neurons drawn at random, and of those that a search names for some words;
-- samples/ (not committed): the folder of the samples, from which the same command goes on.
+- samples/ (not committed): the samples, from which the same command goes on.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def methods(explainer: attnlrp.Explainer) -> dict[str, Callable[[str], Any]]:
 def seconds(explainer: attnlrp.Explainer, texts: list[str]) -> dict[str, Any]:
     """Medians over texts, each of which every method reads in turn; those of samples without their start."""
     found = methods(explainer)
-    start = time.perf_counter()
-    attnlrp.reference_samples(explainer, [])
     found["samples by activation"](texts[0])
     times: dict[str, list[float]] = {name: [] for name in found}
     starts: list[float] = []
@@ -144,17 +142,14 @@ def main() -> None:
     records = read(options.texts)[: options.samples]
     texts = [record["text"] for record in records]
     options.out.mkdir(parents=True, exist_ok=True)
-    folder = options.out / "samples"
     cost: dict[str, Any] = {"model": Path(name).stem, "dtype": "float32", "length": LENGTH, "machine": machine()}
     sizes = []
-    start, before = time.perf_counter(), len(list(folder.glob("*")))
-    for count in sorted({len(records) // 4, len(records)}):
+    for part, count in (("part", len(records) // 4), ("all", len(records))):
+        folder = options.out / "samples" / part
         samples = attnlrp.reference_samples(explainer, records[:count], length=LENGTH, folder=folder)
         sizes.append(size(samples, folder))
         print(sizes[-1], flush=True)
     cost |= {"units": samples.units, "top": samples.settings.top, "by": samples.settings.by, "sizes": sizes}
-    if not before:
-        cost["seconds of the whole run"] = time.perf_counter() - start
     cost["one text"] = seconds(explainer, texts[:TIMED])
     longest = max(texts[:TIMED], key=len)
     cost["peak of one pass, MiB"] = {

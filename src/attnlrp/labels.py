@@ -257,10 +257,12 @@ def _by_token(passage: Any, after: bool) -> list[str]:
 def _columns(model: Any, site: Site, hidden: int) -> Tensor:
     """What each neuron of a layer writes, per unit of its activation (unit, hidden)."""
     module = model.get_submodule(site.weight.rpartition(".")[0])
-    weight = model.get_parameter(site.weight).detach()
-    if site.expert is None:
+    weight: Tensor = model.get_parameter(site.weight).detach()
+    if type(module) is nn.Linear:
+        written = weight.T
+    elif site.expert is None:  # whatever way its weight lies, and however it is stored
         eye = torch.eye(site.units, dtype=model.dtype, device=weight.device)
-        written: Tensor = _linear(module, eye, site.weight)
+        written = _linear(module, eye, site.weight)
     else:
         own = weight[site.expert]
         transposed = getattr(module, "is_transposed", False) if site.units == hidden else own.shape[0] == site.units
