@@ -6,7 +6,7 @@ TEXTS.jsonl has a text on each line, such as `wikipedia.jsonl` of benchmarks/loc
 
 - cost.json: seconds per text against gradient x input with the same target (the prediction at every token), taking
   turns; peak memory of one pass; how large the kept state and its folder are after a part of the texts and after all;
-- labels.json, labels.md: what is found of neurons drawn at random, and of those that a search names for some words;
+- labels.jsonl, labels.md: what is found of neurons drawn at random, and of those that a search names for some words;
 - samples/ (not committed): the samples, from which the same command goes on.
 """
 
@@ -159,7 +159,8 @@ def main() -> None:
     rows, cost["seconds of a search"] = labels(explainer, samples)
     (options.out / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
     print(json.dumps(cost["one text"], indent=1), cost["peak of one pass, MiB"])
-    (options.out / "labels.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (options.out / "labels.jsonl").write_text(lines, encoding="utf-8")
     (options.out / "labels.md").write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows))
 
