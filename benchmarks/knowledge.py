@@ -102,7 +102,7 @@ def one_by_one(neurons: Neurons, fact: Fact, own: dict[str, Tensor], positions: 
     loss = before - neurons.logits(ids, gone, positions)[:, target]
     return {
         "neurons": len(few),
-        "correlation": {method: spearman(score[few], loss) for method, score in own.items()},
+        "correlation": {method: spearman(score[few], loss) for method, score in own.items() if method != "random"},
         "largest loss": loss.max().item(),
     }
 
@@ -171,24 +171,37 @@ def measured(neurons: Neurons, fact: Fact, found: Scores, places: Sequence[str],
     return row | {"one by one": one_by_one(neurons, fact, own, places[0])}
 
 
-def agrees(bench: Bench, count: int = 8) -> float:
-    """The largest difference of a logit between the batched switch of this benchmark and `attnlrp.intervene`."""
-    neurons, worst = Neurons(bench.neurons.model, bench.neurons.tokenizer, bench.neurons.model.dtype), 0.0
-    for fact in bench.test[:2]:
-        ids, order = neurons.ids(fact.prompt), ranking(scores(neurons, fact)["AttnLRP", "signed logit", EVERYWHERE])
-        changes: dict[Any, Any] = {neurons.address(int(n)): 0.0 for n in order[:count]}
-        for name, positions in zip((EVERYWHERE, LAST), (None, [ids.shape[1] - 1]), strict=True):
-            with torch.no_grad(), attnlrp.intervene(neurons.model, changes, positions=positions):
-                expected = neurons.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1]
-            found = neurons.logits(ids, masks(order, [1, count]), name)[1]
-            worst = max(worst, (found - expected).abs().max().item())
+def checks(bench: Bench, chosen: Choices) -> Row:
+    """The batched switch against `attnlrp.intervene`, and counts in bfloat16 against those in float32.
+
+    Returns:
+        the largest difference of a logit on 2 prompts, and for 10 prompts the neurons until change in both precisions.
+    """
+    whole = Neurons(bench.neurons.model, bench.neurons.tokenizer, bench.neurons.model.dtype)
+    variant, worst, counts = chosen[report.OURS, LAST], 0.0, []
+    for k, fact in enumerate(bench.test[:10]):
+        order = ranking(scores(whole, fact, [(report.OURS, variant, LAST)])[report.OURS, variant, LAST])
+        worst = max(worst, distance(whole, fact, order)) if k < 2 else worst
+        counts.append([flip(neurons, fact, order, LAST)["until change"] for neurons in (bench.neurons, whole)])
+    return {"difference to intervene": worst, "until change, bfloat16 and float32": counts}
+
+
+def distance(neurons: Neurons, fact: Fact, order: Tensor, count: int = 8) -> float:
+    """The largest difference of a logit between the first neurons off here and by `attnlrp.intervene`."""
+    ids, worst = neurons.ids(fact.prompt), 0.0
+    changes: dict[Any, Any] = {neurons.address(int(n)): 0.0 for n in order[:count]}
+    for place, positions in ((EVERYWHERE, None), (LAST, [ids.shape[1] - 1])):
+        with torch.no_grad(), attnlrp.intervene(neurons.model, changes, positions=positions):
+            expected = neurons.model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[0, -1]
+        found = neurons.logits(ids, masks(order, [1, count]), place)[1]
+        worst = max(worst, (found - expected).abs().max().item())
     return worst
 
 
 def run(name: str, options: argparse.Namespace) -> Row:
-    model, tokenizer, shown = models.load(
-        {"smollm2": packaged_smollm2, "gemma": lambda: None}.get(name, lambda: name)()
-    )
+    source = packaged_smollm2() if name == "smollm2" else None if name == "gemma" else name
+    model, tokenizer, shown = models.load(source)
+    shown = Path(shown).name.removesuffix(".gguf")
     neurons = Neurons(model.requires_grad_(False), tokenizer)
     facts = read_facts(HERE / "knowledge_prompts.jsonl")
     known = list(answered(neurons, facts))
@@ -204,7 +217,7 @@ def run(name: str, options: argparse.Namespace) -> Row:
         "model": shown,
         "prompts": {"candidates": len(facts), "answered": len(known), "dev": len(bench.dev), "test": len(rows)},
         "neurons": neurons.count,
-        "difference to intervene": agrees(bench),
+        "checks": checks(bench, chosen),
         "variants": {f"{method}, {positions}": variant for (method, positions), variant in chosen.items()},
         "test": report.summary(rows, (BEHIND, LAST), GRID),
         "every token, dev": report.summary(broken, (EVERYWHERE,), GRID),
@@ -226,8 +239,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = report.rounded({"machine": machine(), "models": found})
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "table.md").write_text(report.table(found))
-    report.figure(found, options.out / "curves.png")
+    (options.out / "table.md").write_text(report.table(results["models"]))
+    report.figure(results["models"], options.out / "curves.png")
 
 
 if __name__ == "__main__":

@@ -162,33 +162,35 @@ def _reduced(method: str, variant: str, values_at: dict[str, Tensor]) -> Scores:
     return found
 
 
-def lenses(neurons: Neurons, ids: Tensor, target: int, activation: Tensor) -> dict[str, Tensor]:
-    """What each neuron adds to the logit at the last token by itself, past all later layers (neuron,).
+def outputs(neurons: Neurons, ids: Tensor) -> Iterator[Tensor]:
+    """What one unit of each neuron adds to the input of the head at the last token: (hidden, neuron) of each layer.
 
-    Norms behind the neuron are the factors by which they multiply here.
+    Past all later layers; norms behind the neurons are the factors by which they multiply here.
     """
-    modules = dict(neurons.model.named_modules())
+    modules, parameters = dict(neurons.model.named_modules()), dict(neurons.model.named_parameters())
     blocks = [modules[site.weight.rpartition(".mlp.")[0]] for site in neurons.sites]
     after = [getattr(block, "post_feedforward_layernorm", None) for block in blocks]
+    last = neurons.model.get_decoder().norm
     factors: dict[Any, Tensor] = {}
-    norms = [neurons.model.get_decoder().norm, *filter(None, after)]
-    hooks = [n.register_forward_hook(lambda n, x, y: factors.update({n: (y / x[0])[0, -1]})) for n in norms]
+    hooks = [
+        norm.register_forward_hook(lambda norm, x, y: factors.update({norm: (y / x[0])[0, -1]}))
+        for norm in (last, *filter(None, after))
+    ]
     with torch.no_grad():
         neurons.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
+    for site, norm in zip(neurons.sites, after, strict=True):
+        yield parameters[site.weight] * (factors[last] * factors.get(norm, 1.0))[:, None]
+
+
+def lenses(neurons: Neurons, ids: Tensor, target: int, activation: Tensor) -> dict[str, Tensor]:
+    """What each neuron adds by itself to the logit, or to its difference to the mean logit (neuron,)."""
     head = neurons.model.get_output_embeddings().weight
     directions = {"logit": head[target], "contrast": head[target] - head.mean(dim=0)}
-    parameters = dict(neurons.model.named_parameters())
+    layers = list(outputs(neurons, ids))
     return {
-        name: activation
-        * torch.cat(
-            [
-                (direction * factors[norms[0]] * factors.get(norm, 1.0)) @ parameters[site.weight]
-                for site, norm in zip(neurons.sites, after, strict=True)
-            ]
-        )
-        for name, direction in directions.items()
+        name: activation * torch.cat([direction @ layer for layer in layers]) for name, direction in directions.items()
     }
 
 

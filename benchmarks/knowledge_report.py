@@ -12,6 +12,7 @@ from typing import Any
 from attnlrp.evaluation import compare
 
 OURS = "AttnLRP"
+METHODS = (OURS, "CP-LRP", "gradient x activation", "logit lens", "activation", "random")
 PLACES = ("every token but the first", "last token", "every token")
 Row = dict[str, Any]
 
@@ -44,7 +45,7 @@ def interval(values: Sequence[float], others: Sequence[float] | None = None) -> 
 
 def summary(rows: Sequence[Row], places: Sequence[str], grid: Sequence[int]) -> Row:
     """Results of all methods at each place; the journal's rows in, plain data out."""
-    found: Row = {place: {m: _flips(rows, place, m, grid) for m in rows[0][place]} for place in places}
+    found: Row = {place: {m: _flips(rows, place, m, grid) for m in METHODS} for place in places}
     for name in ("other answers kept", "correlation"):
         values = {m: [_of(row, name)[m] for row in rows] for m in _of(rows[0], name)}
         found[name] = {m: interval(v) | {"AttnLRP less this": interval(values[OURS], v)} for m, v in values.items()}
@@ -112,9 +113,9 @@ def _model(model: Row) -> Iterator[str]:
     )
     places = [place for place in test if place in PLACES]
     for place in places:
-        yield f"### Neurons off at the {place}\n"
+        yield f"### Neurons off: {place}\n"
         yield from _lines(_flip_rows(model, test, place, whole=place == places[0]))
-    yield f"### Neurons off at every token (the {counts['dev']} prompts for choices)\n"
+    yield f"### Neurons off: every token (the {counts['dev']} prompts for choices)\n"
     yield from _lines(_flip_rows(model, broken, "every token", whole=True))
     yield "### The ice bear\n"
     yield from _steering(model["steering"])
@@ -123,17 +124,18 @@ def _model(model: Row) -> Iterator[str]:
 def _flip_rows(model: Row, found: Row, place: str, *, whole: bool) -> list[list[str]]:
     """Rows of cells; `whole` with what was measured at this place only."""
     head = ["ranked by", "variant", "neurons until change, median", "geometric mean", "AttnLRP needs"]
-    head += ["mean probability", "AttnLRP less this"]
+    head += ["mean probability", "AttnLRP less this", "mean logit", "AttnLRP less this"]
     head += ["other answers kept", "correlation with single loss"] if whole else []
     rows = [head]
     for method, cell in sorted(found[place].items(), key=lambda entry: entry[1]["until change"]["log2"]["mean"]):
         until, ours = cell["until change"], method == OURS
         row = [method, model["variants"][f"{method}, {place}"], f"{until['median']:g}", _times(until["log2"], 3)]
         row.append("" if ours else "× " + _times(until["AttnLRP less this, log2"], 2))
-        row.append(_interval(cell["mean probability"]))
-        row.append("" if ours else _interval(cell["mean probability, AttnLRP less this"]))
+        for what, digits in (("probability", 3), ("logit", 1)):
+            row.append(_interval(cell[f"mean {what}"], digits))
+            row.append("" if ours else _interval(cell[f"mean {what}, AttnLRP less this"], digits))
         if whole:
-            row += [_interval(found[name][method], 2) for name in ("other answers kept", "correlation")]
+            row += [_interval(found[name].get(method), 2) for name in ("other answers kept", "correlation")]
         rows.append(row)
     return rows
 
@@ -142,7 +144,9 @@ def _times(logs: Row, digits: int) -> str:
     return "{} [{}, {}]".format(*(f"{2 ** logs[k]:.{digits}g}" for k in ("mean", "low", "high")))
 
 
-def _interval(cell: Row, digits: int = 3) -> str:
+def _interval(cell: Row | None, digits: int = 3) -> str:
+    if cell is None:
+        return ""
     return "{} [{}, {}]".format(*(f"{cell[k]:.{digits}f}" for k in ("mean", "low", "high")))
 
 
@@ -160,13 +164,17 @@ def _steering(found: Row) -> Iterator[str]:
     rows = [head, *([name, *_outcome(cell, cell["enough"])] for name, cell in found["off"].items())]
     tried = ", ".join("never" if n is None else str(n) for n in found["random"])
     yield from _lines([*rows, ["random", tried, "", "", ""]])
-    head = ["raised instead", "at the", "settings that work", "neurons × factor", "goes on"]
+    head = ["raised instead", "where", "settings that work", "neurons × factor", "goes on"]
     rows = [[*head, "unrelated answers kept", "KL, nats"]]
     for word, places in found["replaced"].items():
         for place, cell in places.items():
             best = cell["best"]
             said = ["none", "", "", ""] if best is None else _outcome(best, f"{best['neurons']} × {best['factor']:g}")
             rows.append([word, place, f"{cell['succeeded']} of {cell['tried']}", *said])
+    yield from _lines(rows)
+    rows = [["word", "unit", "relevance for it alone", "promotes"]]
+    for word, units in found["neurons"].items():
+        rows += [[word, u["unit"], f"{u['score']:.2f}", ", ".join(map(_quoted, u["promotes"]))] for u in units[:4]]
     yield from _lines(rows)
 
 
@@ -179,7 +187,7 @@ def _outcome(cell: Row, count: Any) -> list[str]:
 
 def _quoted(text: str) -> str:
     """A text within a cell of a table."""
-    return f'"{" ".join(text.split())}"'.replace("|", "\\|")
+    return f'"{" ".join(text.split())}"'.replace("|", "\\|").replace("<", "&lt;")
 
 
 # --- figure -------------------------------------------------------------------------------------------------------
@@ -195,13 +203,12 @@ def figure(models: Sequence[Row], path: Path) -> None:
     drawing = Figure(figsize=(5.2 * len(models) + 2.0, 3.4 * len(places)), facecolor="white", layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(len(places), len(models), squeeze=False, sharex=True, sharey=True)
-    methods = list(models[0]["test"][places[0]])
-    colours = {method: colormaps["tab10"](k) for k, method in enumerate(methods)}
+    colours = {method: colormaps["tab10"](k) for k, method in enumerate(METHODS)}
     for place, line in zip(places, panels, strict=True):
         for model, axes in zip(models, line, strict=True):
-            axes.set_title(f"{model['model']}: off at the {place}", fontsize=10)
+            axes.set_title(f"{model['model']}, off: {place}", fontsize=10)
             _draw(axes, model["test"][place], colours)
-    marks = [panels[0][0].plot([], [], color=colours[method], label=method)[0] for method in methods]
+    marks = [panels[0][0].plot([], [], color=colours[method], label=method)[0] for method in METHODS]
     drawing.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
     drawing.savefig(path, dpi=110)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attnlrp
-from knowledge_neurons import Fact, Neurons, ranking
+from knowledge_neurons import Fact, Neurons, outputs, ranking
 
 TESTED, ANSWER = "The ice bear lives in the", "Arctic"
 FOUND_ON: dict[str, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ ALL, END = "every token but the first", "last token of the prompt"
 OFF = tuple(2**k for k in range(10))
 RAISED, FACTORS = (1, 2, 4, 8, 16), (1.0, 2.0, 4.0, 8.0)
 WITHIN = 10  # rank of the word for a prompt to count
-WORDS, UNRELATED, SEEDS = 12, 60, 3
+WORDS, UNRELATED, SEEDS = 12, 40, 3
 Row = dict[str, Any]
 Changes = dict[Any, Any]
 
@@ -220,10 +220,19 @@ def steer(neurons: Neurons, facts: Sequence[Fact]) -> Row:
     row["random"] = [switched_off(neurons, order, others)["enough"] for order in seeds]
     enough = row["off"]["relevance for Arctic alone"]["enough"] or OFF[-1]
     gone = off(neurons, orders["relevance for Arctic alone"], enough)
-    row["neurons"] = {word: shown(neurons, ranking(score), score) for word, score in scores.items()}
+    row["neurons"] = {w: shown(neurons, prompts[w][0], score, found[w][1]) for w, score in scores.items()}
     words = [Word(word, ranking(scores[word]), found[word][1]) for word in found if word != ANSWER]
     return row | {"replaced": {word.word: replaced(neurons, word, gone, others) for word in words}}
 
 
-def shown(neurons: Neurons, order: Tensor, score: Tensor) -> list[Row]:
-    return [{"unit": neurons.address(int(n)), "score": score[n].item()} for n in order[:8]]
+def shown(neurons: Neurons, prompt: str, score: Tensor, activation: Tensor, count: int = 8) -> list[Row]:
+    """The first neurons of a word, and the tokens that each makes more likely, active as on its prompts."""
+    layers, head = list(outputs(neurons, neurons.ids(prompt))), neurons.model.get_output_embeddings().weight
+    rows = []
+    for n in ranking(score)[:count].tolist():
+        unit = neurons.address(n)
+        k = next(k for k, site in enumerate(neurons.sites) if site.name == unit.rpartition(":")[0])
+        promoted = (head @ layers[k][:, n - neurons.starts[k]] * activation[n].sign()).topk(5).indices
+        tokens = [neurons.tokenizer.decode([int(t)]) for t in promoted]
+        rows.append({"unit": unit, "score": score[n].item(), "activation": activation[n].item(), "promotes": tokens})
+    return rows
