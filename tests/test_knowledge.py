@@ -60,7 +60,7 @@ def test_the_variant_that_needs_the_fewest_neurons() -> None:
 def test_switching_off_in_a_batch_is_intervening_row_by_row(neurons: Neurons, place: str) -> None:
     ids = neurons.ids(FACT.prompt)
     gone = torch.rand(3, neurons.count, generator=torch.Generator().manual_seed(0)) < torch.tensor(
-        [[0.0], [0.3], [1.0]]
+        [[0.1], [0.3], [1.0]]
     )
     last = ids.shape[1] - 1
     where = {EVERYWHERE: None, BEHIND: list(range(1, last + 1)), LAST: [last]}[place]
