@@ -22,6 +22,7 @@ from attnlrp.engine import propagate
 from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
 from attnlrp.features import SparseAutoencoder
+from attnlrp.gradients import AT_ONCE, OutputLayer, Places, gradients, watch_head
 from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
@@ -296,7 +297,8 @@ class Explainer:
         inside = self._inside(inputs, form.wanted, neurons, len(requests))
         entry: AbstractContextManager[Any] = MergedInputs(self.model) if requests[0].extra else nullcontext()
         saving = checkpoint.checkpointed(self.model) if self.memory == "checkpoint" else nullcontext()
-        with propagate(self.model, self.rules) as propagation, saving, entry as entered, inside or nullcontext():
+        watched = inside or watch_head(self.model)
+        with propagate(self.model, self.rules) as propagation, saving, entry as entered, watched as head:
             output = self.model(**inputs)
             outputs = [Outputs(output, k, kept, request, inside) for k, request in enumerate(requests)]
             scalars = [
@@ -312,7 +314,7 @@ class Explainer:
             columns = arrange(propagation.embeddings, inputs["input_ids"], encoder_decoder=decoder, name=self.name)
         else:
             columns = [entered.columns(inputs["input_ids"], requests[0].segments)]
-        relevance = self._relevance(columns, values, inside)
+        relevance = self._relevance(columns, values, head, _places(requests, kept))
         read = [self._read(k, request, columns, relevance) for k, request in enumerate(requests)]
         return [
             self._explanation(*everything, form)
@@ -374,16 +376,22 @@ class Explainer:
 
     # --- relevance --------------------------------------------------------------------------------------------------
 
-    def _relevance(self, columns: list[Columns], values: list[list[Tensor]], inside: Inside | None) -> list[Tensor]:
+    def _relevance(
+        self, columns: list[Columns], values: list[list[Tensor]], watched: Inside | OutputLayer, places: Places
+    ) -> list[Tensor]:
         """Relevance of each kind of column: (target, batch, token)."""
-        leaves = [x for c in columns for x in c.leaves]
-        count = max(map(len, values))
+        count, leaves = max(map(len, values)), [x for c in columns for x in c.leaves]
+        totals = [torch.stack([own[k] for own in values if k < len(own)]).sum() for k in range(count)]
+        if isinstance(watched, Inside):
+            found = (watched.gradients(total, leaves, k) for k, total in enumerate(totals))
+        else:
+            at_once = max(1, AT_ONCE // sum(c.ids.numel() for c in columns))
+            found = gradients(totals, leaves, at_once=at_once, head=watched, places=places)
         result: list[list[Tensor]] = [[] for _ in columns]
-        for k in range(count):
-            total = torch.stack([own[k] for own in values if k < len(own)]).sum()
-            gradients = iter(_gradients(total, leaves, k, inside, keep=k < count - 1))
+        for of_target in found:
+            of_leaf = iter(of_target)
             for rows, c in zip(result, columns, strict=True):
-                rows.append(c.relevance([next(gradients) for _ in c.leaves]))
+                rows.append(c.relevance([next(of_leaf) for _ in c.leaves]))
         relevance = [torch.stack(rows).cpu() for rows in result]
         if not all(torch.isfinite(r).all() for r in relevance):
             raise NumericalError(
@@ -464,16 +472,17 @@ class _Read:
     relevance: Tensor
 
 
-def _gradients(
-    total: Tensor, leaves: list[Tensor], target: int, inside: Inside | None, *, keep: bool
-) -> tuple[Tensor, ...]:
-    if inside is not None:
-        return inside.gradients(total, leaves, target)
-    return torch.autograd.grad(total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True)
-
-
 def _total(slots: list[Slot], scalars: list[Scalar], outputs: Outputs) -> Tensor:
     return torch.stack([s.value(outputs(slot)) for slot, s in zip(slots, scalars, strict=True)]).sum()
+
+
+def _places(requests: list[Request], kept: dict[int, int]) -> list[set[tuple[int, int]]]:
+    """For each row, over all texts: the rows (text, index) of the logits that it is made of."""
+    found: list[set[tuple[int, int]]] = [set() for _ in range(max(len(r.rows) for r in requests))]
+    for text, request in enumerate(requests):
+        for own, slots in zip(found, request.rows, strict=False):
+            own |= {(text, kept[s.position]) for s in slots if s.position is not None}
+    return found
 
 
 def _is_conversation(text: Any) -> bool:
