@@ -383,7 +383,7 @@ class Explainer:
         count, leaves = max(map(len, values)), [x for c in columns for x in c.leaves]
         totals = [torch.stack([own[k] for own in values if k < len(own)]).sum() for k in range(count)]
         if isinstance(watched, Inside):
-            found = (watched.gradients(total, leaves, k) for k, total in enumerate(totals))
+            found: Iterable[tuple[Tensor, ...]] = (watched.gradients(t, leaves, k) for k, t in enumerate(totals))
         else:
             at_once = max(1, AT_ONCE // sum(c.ids.numel() for c in columns))
             found = gradients(totals, leaves, at_once=at_once, head=watched, places=places)

@@ -13,7 +13,7 @@ from attnlrp.compiled import is_compiled
 
 __all__ = ["AT_ONCE", "OutputLayer", "gradients", "watch_head"]
 
-AT_ONCE = 2048
+AT_ONCE = 512
 """Rows (token x target) that backward passes handle at once: matrix products get no faster beyond, only larger."""
 
 Places = Sequence[set[tuple[int, int]]]
@@ -21,7 +21,12 @@ Places = Sequence[set[tuple[int, int]]]
 
 
 def gradients(
-    scalars: Sequence[Tensor], leaves: Sequence[Tensor], *, at_once: int, head: OutputLayer | None = None, places: Places = ()
+    scalars: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    *,
+    at_once: int,
+    head: OutputLayer | None = None,
+    places: Places = (),
 ) -> Iterator[tuple[Tensor, ...]]:
     """The gradient of each scalar by each leaf; the graph is used up when the last one has been yielded.
 
