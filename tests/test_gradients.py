@@ -78,7 +78,7 @@ def test_chunks_follow_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = explain(TEXT, target=[3, 4, 5, 6, 7]).relevance
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(k) or grad(*a, **k))
-    monkeypatch.setattr("attnlrp.explainer.AT_ONCE", 2 * expected.shape[-1])
+    monkeypatch.setattr("attnlrp.memory.AT_ONCE", 2 * expected.shape[-1])
     assert close(explain(TEXT, target=[3, 4, 5, 6, 7]).relevance, expected)
     assert [p["is_grads_batched"] for p in passes] == [True, True, False]
 

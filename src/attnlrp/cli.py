@@ -65,6 +65,7 @@ class Memory(str, enum.Enum):
 
     full = "full"
     checkpoint = "checkpoint"
+    auto = "auto"
 
 
 Rules = Annotated[Preset, typer.Option("--rules", help="Table of rules; the softmax ones are known to be unstable.")]
@@ -105,7 +106,8 @@ def explain(
     ] = None,
     rules: Rules = Preset.attnlrp,
     memory: Annotated[
-        Memory, typer.Option(help="checkpoint computes layers again in the backward pass: less memory, more time.")
+        Memory,
+        typer.Option(help="checkpoint computes layers again: less memory, more time; auto: whatever fits."),
     ] = Memory.full,
     words: Annotated[bool, typer.Option("--words", help="Join the pieces of each word.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table of most relevant tokens.")] = 10,

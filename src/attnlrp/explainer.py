@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from attnlrp.engine import propagate
 from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget, Explanation
 from attnlrp.features import SparseAutoencoder
-from attnlrp.gradients import AT_ONCE, OutputLayer, Places, gradients, watch_head
+from attnlrp.gradients import OutputLayer, Places, gradients, watch_head
 from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
-from attnlrp.readout import Outputs, Prediction
+from attnlrp.memory import Choice, Plan, Planner
+from attnlrp.readout import Outputs, Prediction, places_of
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
 from attnlrp.targets import OTHERS, Continuation, Head, Neuron, Output, Scalar, Target
 from attnlrp.tasks import TASKS, Question, Request, Slot, pad_of
@@ -37,7 +38,6 @@ __all__ = ["Explainer"]
 
 CANDIDATES = 5
 
-Memory: TypeAlias = Literal["full", "checkpoint"]
 Kind: TypeAlias = "str | SparseAutoencoder"
 Conversation: TypeAlias = "list[dict[str, Any]]"
 
@@ -76,7 +76,9 @@ class Explainer:
         tokenizer: its tokenizer; for a vision-language model, its processor.
         rules: table of rules.
         memory: "full", or "checkpoint" to compute each layer again in the backward pass instead of keeping what it
-            computed: less memory, more time, the same relevance.
+            computed: less memory, more time, the same relevance; "auto" estimates what a text takes before it runs,
+            and chooses the fastest way that fits.
+        memory_limit: with "auto": bytes that an explanation may take beyond the model; None for what is free.
         name: name of the model to keep with its explanations.
 
     Raises:
@@ -88,10 +90,16 @@ class Explainer:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, rules: Rules = ATTNLRP, memory: Memory = "full", name: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        rules: Rules = ATTNLRP,
+        memory: Choice = "full",
+        memory_limit: int | None = None,
+        name: str | None = None,
     ) -> None:
-        if memory not in ("full", "checkpoint"):
-            raise InputError(f"memory: got {memory!r}, expected 'full' or 'checkpoint'")
+        self._planner = Planner(model, memory, memory_limit)
         self.task = models.task_of(model)
         if self.task in models.IMAGE_TASKS:
             raise ModelError(
@@ -111,14 +119,15 @@ class Explainer:
         name: str | Path | None = None,
         *,
         rules: Rules = ATTNLRP,
-        memory: Memory = "full",
+        memory: Choice = "full",
+        memory_limit: int | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         report: models.Report | None = None,
     ) -> Explainer:
         """Load a model by hub name, folder or GGUF file; without a name the packaged one (see `models.load`)."""
         model, tokenizer, shown = models.load(name, device=device, dtype=dtype, report=report)
-        return cls(model, tokenizer, rules=rules, memory=memory, name=shown)
+        return cls(model, tokenizer, rules=rules, memory=memory, memory_limit=memory_limit, name=shown)
 
     @overload
     def __call__(self, text: str | Conversation, **options: Unpack[_Options]) -> Explanation: ...
@@ -296,7 +305,8 @@ class Explainer:
         neurons = [slot.target for r in requests for row in r.rows for slot in row if isinstance(slot.target, Neuron)]
         inside = self._inside(inputs, form.wanted, neurons, len(requests))
         entry: AbstractContextManager[Any] = MergedInputs(self.model) if requests[0].extra else nullcontext()
-        saving = checkpoint.checkpointed(self.model) if self.memory == "checkpoint" else nullcontext()
+        plan = self._planner.plan(self.rules, inputs, max(len(r.rows) for r in requests))
+        saving = checkpoint.checkpointed(self.model) if plan.checkpoint else nullcontext()
         watched = inside or watch_head(self.model)
         with propagate(self.model, self.rules) as propagation, saving, entry as entered, watched as head:
             output = self.model(**inputs)
@@ -314,7 +324,7 @@ class Explainer:
             columns = arrange(propagation.embeddings, inputs["input_ids"], encoder_decoder=decoder, name=self.name)
         else:
             columns = [entered.columns(inputs["input_ids"], requests[0].segments)]
-        relevance = self._relevance(columns, values, head, _places(requests, kept))
+        relevance = self._relevance(columns, values, head, places_of(requests, kept), plan)
         read = [self._read(k, request, columns, relevance) for k, request in enumerate(requests)]
         return [
             self._explanation(*everything, form)
@@ -377,7 +387,12 @@ class Explainer:
     # --- relevance --------------------------------------------------------------------------------------------------
 
     def _relevance(
-        self, columns: list[Columns], values: list[list[Tensor]], watched: Inside | OutputLayer, places: Places
+        self,
+        columns: list[Columns],
+        values: list[list[Tensor]],
+        watched: Inside | OutputLayer,
+        places: Places,
+        plan: Plan,
     ) -> list[Tensor]:
         """Relevance of each kind of column: (target, batch, token)."""
         count, leaves = max(map(len, values)), [x for c in columns for x in c.leaves]
@@ -385,8 +400,7 @@ class Explainer:
         if isinstance(watched, Inside):
             found: Iterable[tuple[Tensor, ...]] = (watched.gradients(t, leaves, k) for k, t in enumerate(totals))
         else:
-            at_once = max(1, AT_ONCE // sum(c.ids.numel() for c in columns))
-            found = gradients(totals, leaves, at_once=at_once, head=watched, places=places)
+            found = gradients(totals, leaves, at_once=plan.at_once, head=watched, places=places)
         result: list[list[Tensor]] = [[] for _ in columns]
         for of_target in found:
             of_leaf = iter(of_target)
@@ -474,15 +488,6 @@ class _Read:
 
 def _total(slots: list[Slot], scalars: list[Scalar], outputs: Outputs) -> Tensor:
     return torch.stack([s.value(outputs(slot)) for slot, s in zip(slots, scalars, strict=True)]).sum()
-
-
-def _places(requests: list[Request], kept: dict[int, int]) -> list[set[tuple[int, int]]]:
-    """For each row, over all texts: the rows (text, index) of the logits that it is made of."""
-    found: list[set[tuple[int, int]]] = [set() for _ in range(max(len(r.rows) for r in requests))]
-    for text, request in enumerate(requests):
-        for own, slots in zip(found, request.rows, strict=False):
-            own |= {(text, kept[s.position]) for s in slots if s.position is not None}
-    return found
 
 
 def _is_conversation(text: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from attnlrp.latent import Latent
 from attnlrp.targets import Neuron
 from attnlrp.tasks import LOGITS, Request, Slot
 
-__all__ = ["Outputs", "Prediction"]
+__all__ = ["Outputs", "Prediction", "places_of"]
 
 
 class Prediction(NamedTuple):
@@ -77,3 +77,12 @@ class Outputs:
         elif head != LOGITS:  # an output for each token of the text, without its padding
             logits = logits[: len(self.request.ids)]
         return widen(logits)
+
+
+def places_of(requests: Sequence[Request], kept: dict[int, int]) -> list[set[tuple[int, int]]]:
+    """For each row, over all texts: the rows (text, index) of the logits that it is made of."""
+    found: list[set[tuple[int, int]]] = [set() for _ in range(max(len(r.rows) for r in requests))]
+    for text, request in enumerate(requests):
+        for own, slots in zip(found, request.rows, strict=False):
+            own |= {(text, kept[s.position]) for s in slots if s.position is not None}
+    return found

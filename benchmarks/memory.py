@@ -1,0 +1,71 @@
+"""Peak memory against its estimate before the run, and a long context, each in a process of its own.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--tokens 512 8192] [--out benchmarks/results/memory.json]
+
+SmolLM2-135M, fused attention, one text, the predicted token. Measured: the growth of the process's largest resident
+memory over the loaded model, and that memory as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnlrp import ATTNLRP
+from attnlrp.explainer import Explainer
+from attnlrp.memory import Plan, estimate
+from speed import TEXT, machine, packaged_smollm2
+
+
+def resident() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(tokens: int, memory: Any) -> dict[str, Any]:
+    explainer = Explainer.from_pretrained(packaged_smollm2(), memory=memory)
+    ids = explainer.tokenizer(TEXT * (tokens // 8)).input_ids[:tokens]
+    text = explainer.tokenizer.decode(ids)
+    found = estimate(explainer.model, ATTNLRP, {"input_ids": torch.tensor([ids])})
+    before, start = resident(), time.process_time()
+    explanation = explainer(text)
+    peak, estimated = resident(), found.peak(Plan(memory == "checkpoint", 1), texts=1, tokens=tokens) / 2**20
+    return {
+        "tokens": explanation.relevance.shape[-1],
+        "memory": memory,
+        "estimated MiB": estimated,
+        "measured MiB": peak - before,
+        "whole process MiB": peak,
+        "CPU seconds": time.process_time() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(int(options.one[0]), options.one[1])))
+        return
+    rows = []
+    for tokens in options.tokens:
+        for memory in ("full", "checkpoint") if tokens <= 2048 else ("checkpoint",):
+            command = [sys.executable, __file__, "--one", str(tokens), memory]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            rows.append(json.loads(printed.splitlines()[-1]))
+            print(rows[-1], flush=True)
+            options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
