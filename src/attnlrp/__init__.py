@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attnlrp import evaluation as evaluate
     from attnlrp.collecting import activation_maps, reference_samples
     from attnlrp.comparison import Comparison, compare
+    from attnlrp.dataset import explain_dataset, read_dataset
     from attnlrp.engine import Propagation, propagate
     from attnlrp.errors import (
         AttnLRPError,
@@ -75,8 +76,10 @@ _HOMES = {
     "activation_maps": "collecting",
     "audit": "ledger",
     "compare": "comparison",
+    "explain_dataset": "dataset",
     "intervene": "intervention",
     "propagate": "engine",
+    "read_dataset": "dataset",
     "reference_samples": "collecting",
     "search_gamma": "gamma",
     "weight_relevance": "weights",
@@ -121,8 +124,10 @@ __all__ = [
     "audit",
     "compare",
     "evaluate",
+    "explain_dataset",
     "intervene",
     "propagate",
+    "read_dataset",
     "reference_samples",
     "search_gamma",
     "weight_relevance",
