@@ -168,10 +168,10 @@ MODELS: dict[str, tuple[Callable[[], Any], list[tuple[int, int]], dict[str, list
     ),
     "SmolLM2-135M": (
         smollm2,
-        [(32, 1), (128, 1), (512, 1), (2048, 1), (32, 8)],
-        {"captum IG": [(32, 1), (128, 1)], "captum ablation": [(32, 1)], "compiled": [(128, 1)]},
+        [(32, 1), (128, 1), (512, 1), (32, 8)],
+        {"captum IG": [(32, 1), (128, 1)], "captum ablation": [(32, 1)]},
     ),
-    "ViT-B-16": (vit, [(197, 1), (197, 8)], {"captum IG": [(197, 1)], "compiled": [(197, 1)]}),
+    "ViT-B-16": (vit, [(197, 1), (197, 8)], {"captum IG": [(197, 1)]}),
     "Gemma-3-270M": (
         gemma,
         [(32, 1), (128, 1), (512, 1), (32, 8)],

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/throughput.py [--rounds 3] [--out benchmarks/results/throughput.json]
 
-SmolLM2-135M. Time is the CPU time of the process; the two ways take turns, and reported are the medians of all
-rounds and the ratios within rounds. Texts: 64 of 4 to 24 tokens; targets: 16 positions at the end of one text of 128 tokens.
+SmolLM2-135M. Time is the CPU time of the process; the two ways take turns, and reported are the medians of all rounds
+and the ratios within rounds. Texts: 64 of 4 to 24 tokens. Targets: 16 positions at the end of a text of 128 tokens.
 """
 
 from __future__ import annotations

@@ -257,6 +257,10 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     assert folder.name.startswith("tiny-")
     assert [path.name for path in cache.iterdir()] == [folder.name]
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    general = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (TEXT, "", " two  spaces\n", "não"):
+        assert tokenizer(text).input_ids == general(text).input_ids
+    assert tokenizer.special_tokens_map == general.special_tokens_map
     models.load(tmp_path / "tiny.gguf", report=said.append)
     assert said[2:] == [f"loading {shown}"]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written

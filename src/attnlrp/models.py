@@ -148,13 +148,22 @@ def _from_folder(path: str, dtype: Any, say: Report) -> tuple[Any, Any]:
             _require_weights(path, report)
             if task in IMAGE_TASKS:
                 return model, _image_reader(path, task)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            tokenizer = _tokenizer(path)
             processor = _processor(path, say) if task == "image-text-to-text" else None
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             raise ModelError(
                 f"{path}: its tokenizer files are missing; expected tokenizer.json, or what it needs instead"
             )
         return model, processor or tokenizer
+
+
+def _tokenizer(path: str) -> Any:
+    """The tokenizer of a folder; of a converted model, which holds all of it in one file, without building it anew."""
+    import transformers
+
+    converted = Path(path).parent == cache_folder() and (Path(path) / "tokenizer.json").is_file()
+    kind: Any = transformers.PreTrainedTokenizerFast if converted else transformers.AutoTokenizer
+    return kind.from_pretrained(path)
 
 
 def _image_reader(path: str, task: str) -> Any:
