@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from attnlrp import Explainer, gradients, propagate
+from attnlrp import Add, Explainer, Scale, gradients, intervene, propagate, weight_relevance
 from attnlrp.checkpoint import checkpointed
 from attnlrp.gradients import watch_head
 from nearness import close
@@ -81,6 +81,24 @@ def test_chunks_follow_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnlrp.memory.AT_ONCE", 2 * expected.shape[-1])
     assert close(explain(TEXT, target=[3, 4, 5, 6, 7]).relevance, expected)
     assert [p["is_grads_batched"] for p in passes] == [True, True, False]
+
+
+def test_weights_hear_of_each_target() -> None:
+    explain = Explainer(*build("llama", torch.float64))
+    together = weight_relevance(explain, [TEXT], target=[5, 9])
+    single = [weight_relevance(explain, [TEXT], target=target) for target in (5, 9)]
+    for name, relevance in together.items():
+        torch.testing.assert_close(relevance, single[0][name] + single[1][name])
+
+
+def test_interventions_act_on_each_target() -> None:
+    explain = explainer()
+    plain = explain(TEXT, target=[5, 9]).relevance
+    with intervene(explain.model, {"layers.1.mlp:3": Scale(0.5), "layers.0.mlp:1": Add(2.0)}):
+        together = explain(TEXT, target=[5, 9]).relevance
+        single = [explain(TEXT, target=target).relevance[0] for target in (5, 9)]
+    assert close(together, torch.stack(single))
+    assert not close(together, plain)
 
 
 class _Unbatchable(torch.autograd.Function):

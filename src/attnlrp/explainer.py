@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlrp import __version__, checkpoint, models
+from attnlrp.changes import open_changes
 from attnlrp.columns import Columns, arrange
 from attnlrp.contexts import explaining
 from attnlrp.engine import propagate
@@ -397,8 +398,10 @@ class Explainer:
         """Relevance of each kind of column: (target, batch, token)."""
         count, leaves = max(map(len, values)), [x for c in columns for x in c.leaves]
         totals = [torch.stack([own[k] for own in values if k < len(own)]).sum() for k in range(count)]
-        if isinstance(watched, Inside):
+        if isinstance(watched, Inside):  # which acts on gradients as they come, one target after the other
             found: Iterable[tuple[Tensor, ...]] = (watched.gradients(t, leaves, k) for k, t in enumerate(totals))
+        elif open_changes():
+            found = gradients(totals, leaves, at_once=1)
         else:
             found = gradients(totals, leaves, at_once=plan.at_once, head=watched, places=places)
         result: list[list[Tensor]] = [[] for _ in columns]
