@@ -244,6 +244,23 @@ def test_a_broadcast_factor_takes_half_of_every_product() -> None:
     assert_close(result.relevance[1], (a * b * result.g / 2).sum(0))
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (4,), (1, 4), (3, 1), ()])
+@pytest.mark.parametrize(
+    "types", list(itertools.product([torch.float32, torch.bfloat16, torch.complex64], repeat=2)), ids=str
+)
+def test_each_factor_gets_half_of_its_gradient(types: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    a, b = randn(3, 4) * torch.tensor(1 + 2j), randn(*shape, seed=1) * torch.tensor(2 - 1j)
+    a, b = [(x if kind.is_complex else x.real).to(kind) for x, kind in zip((a, b), types, strict=True)]
+    functions: list[Callable[..., Tensor]] = [lambda a, b: a * b, lambda a, b: torch.mul(input=a, other=b)]
+    if types[0] == torch.promote_types(*types):  # in place, the first factor keeps its type
+        functions.append(lambda a, b: a.clone().mul_(b))
+    for function in functions:
+        halved = explain(function, a, b)
+        plain = explain(function, a, b, rules=GRADIENT)
+        for ours, whole in zip(halved.gradients, plain.gradients, strict=True):
+            assert_close(ours, whole / 2)
+
+
 def _halves(a: Tensor, v: Tensor, relevance: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """R_ji(A) = sum_p A_ji V_ip R_jp / (2 O_jp), and the same for V with the sum over j (prop. 3.3)."""
     left, right = torch.zeros_like(a), torch.zeros_like(v)

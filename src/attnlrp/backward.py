@@ -14,6 +14,7 @@ __all__ = [
     "Epsilon",
     "Identity",
     "Normalise",
+    "Product",
     "RuleFunction",
     "Scale",
     "Softmax",
@@ -62,6 +63,26 @@ class Scale(RuleFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad * ctx.factor, None
+
+
+class Product(RuleFunction):
+    """op(a, b), an element-wise product, whose gradients are halved; both factors are live."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return op(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        return _half(grad * b.conj(), a), _half(grad * a.conj(), b), None
+
+
+def _half(product: Tensor, factor: Tensor) -> Tensor:
+    """Half of a fresh tensor, in the shape and the type of a factor that was broadcast."""
+    half = product.mul_(0.5).sum_to_size(factor.shape)
+    return (half if factor.is_complex() or not half.is_complex() else half.real).to(factor.dtype)
 
 
 class Epsilon(RuleFunction):
@@ -119,7 +140,7 @@ class Normalise(RuleFunction):
         g = wide(grad) if weight is None else wide(grad) * weight
         g = g.reshape(ctx.grouped) * rstd
         if ctx.centred:
-            g = g - g.mean(ctx.dims, keepdim=True)
+            g.sub_(g.mean(ctx.dims, keepdim=True))
         return g.reshape(grad.shape).to(grad.dtype), None, None, None, None, None
 
 

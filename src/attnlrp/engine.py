@@ -91,13 +91,14 @@ class Propagation(TorchFunctionMode):
         self._shares = attention_shares(rules)
         self._layers = LayerRules(model, rules)
         self._plans: dict[Any, Callable[..., Any] | None] = {}
-        self._activations = list(filter(is_written_out, model.modules())) if rules else []
-        scripted = [n for n, m in model.named_modules() if rules and isinstance(m, torch.jit.ScriptModule)]
+        modules = list(model.named_modules()) if rules else []
+        self._activations = [m for _, m in modules if is_written_out(m)]
+        scripted = [n for n, m in modules if isinstance(m, torch.jit.ScriptModule)]
         if scripted:
             self._report(f"torch.jit.ScriptModule {scripted[0] or '(top)'}")
-        if rules and any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for _, m in modules):
             self._report("torch.nn.DataParallel")
-        if self._layers and any(is_compiled(m) or m._compiled_call_impl is not None for m in model.modules()):
+        if self._layers and any(is_compiled(m) or m._compiled_call_impl is not None for _, m in modules):
             self._report("a layer, by a Layer row, in a compiled graph,")
         if rules and caps_inside_kernel(model):
             self._report("tanh (soft-capping) inside fused attention,")

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from attnlrp.backward import (
     Epsilon,
     Identity,
+    Product,
     Softmax,
     Substitution,
     count_live,
@@ -246,6 +247,12 @@ def uniform(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return op(*(scaled(a, 1 / count) for a in args), **{k: scaled(a, 1 / count) for k, a in kwargs.items()})
 
 
+def product(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`uniform` for an element-wise product, with less memory on the way back."""
+    two = len(args) == 2 and not kwargs and all(map(live, args)) and args[0] is not args[1]
+    return Product.on(*args, op) if two else uniform(op, *args, **kwargs)
+
+
 def uniform_after_first(op: Callable[..., Any], first: Any, *factors: Any, **kwargs: Any) -> Any:
     """first + product of factors: the sum is linear, the product uniform."""
     return uniform(lambda *f, **k: op(first, *f, **k), *factors, **kwargs)
@@ -304,9 +311,11 @@ def _quarters(query: bool, key: bool, value: bool, mask: bool) -> tuple[float, f
 
 def gelu_ratio(x: Tensor, approximate: str = "none") -> Tensor:
     """Phi(x), or its tanh approximation."""
+    # in place, in one tensor: fresh memory costs more than what is computed in it
     if approximate == "tanh":
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * torch.erfc(-x / math.sqrt(2))
+        inner = (x * x).mul_(0.044715).add_(1).mul_(x).mul_(math.sqrt(2 / math.pi))
+        return inner.tanh_().add_(1).mul_(0.5)
+    return (x * -math.sqrt(0.5)).erfc_().mul_(0.5)
 
 
 def quotient(op: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -354,7 +363,7 @@ ATTNLRP: Rules = {
     "log_softmax": gradient,
     "logsumexp": gradient,
     # prop. 3.2
-    "mul": uniform,
+    "mul": product,
     # prop. 3.3
     "matmul": uniform,
     "einsum": uniform,
