@@ -40,7 +40,7 @@ from attnlrp.inside import Inside, Wanted
 from attnlrp.units import find_sites
 from speed import load, machine, packaged_smollm2
 
-ROUNDS = 3
+ROUNDS = 5
 STEPS = 20
 
 Run = Callable[[], Any]
@@ -168,14 +168,14 @@ MODELS: dict[str, tuple[Callable[[], Any], list[tuple[int, int]], dict[str, list
     ),
     "SmolLM2-135M": (
         smollm2,
-        [(32, 1), (128, 1), (512, 1), (32, 8)],
-        {"captum IG": [(32, 1), (128, 1)], "captum ablation": [(32, 1)]},
+        [(32, 1), (128, 1), (512, 1), (2048, 1), (32, 8), (128, 8)],
+        {"captum IG": [(32, 1), (128, 1)], "captum ablation": [(32, 1)], "compiled": [(128, 1), (512, 1)]},
     ),
-    "ViT-B-16": (vit, [(197, 1), (197, 8)], {"captum IG": [(197, 1)]}),
+    "ViT-B-16": (vit, [(197, 1), (197, 8)], {"captum IG": [(197, 1)], "compiled": [(197, 1)]}),
     "Gemma-3-270M": (
         gemma,
-        [(32, 1), (128, 1), (512, 1), (32, 8)],
-        {"captum IG": [(32, 1)], "captum ablation": [(32, 1)]},
+        [(32, 1), (128, 1), (512, 1), (2048, 1), (32, 8), (128, 8)],
+        {"captum IG": [(32, 1)], "captum ablation": [(32, 1)], "compiled": [(128, 1)]},
     ),
 }
 
@@ -215,8 +215,8 @@ def rows_of(times: dict[str, list[float]], yardstick: list[float]) -> dict[str, 
 
 
 def cell(case: Case, once: list[str]) -> dict[str, Any]:
-    methods, rounds = case.methods(), ROUNDS if case.tokens * case.batch < 2048 else 1
-    times = seconds(methods, rounds, warm_up=rounds > 1)
+    methods, rounds = case.methods(), ROUNDS if case.tokens * case.batch < 1024 else 2
+    times = seconds(methods, rounds)
     captum = {"captum IG": case.integrated_gradients, "captum ablation": case.feature_ablation}
     slow = {name: run for name, run in captum.items() if name in once}
     times |= seconds(slow, 1, warm_up=False)

@@ -261,9 +261,24 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path) -> None:
     for text in (TEXT, "", " two  spaces\n", "não"):
         assert tokenizer(text).input_ids == general(text).input_ids
     assert tokenizer.special_tokens_map == general.special_tokens_map
+    assert tokenizer.added_tokens_decoder == general.added_tokens_decoder
     models.load(tmp_path / "tiny.gguf", report=said.append)
     assert said[2:] == [f"loading {shown}"]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+
+
+def test_the_vocabulary_of_a_converted_model_is_read_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_gguf.write(tmp_path / "tiny.gguf")
+    models.load(tmp_path / "tiny.gguf")
+    read, load = [], json.load
+    monkeypatch.setattr(
+        json, "load", lambda file, **options: read.append(Path(file.name).name) or load(file, **options)
+    )
+    models.load(tmp_path / "tiny.gguf")
+    assert "tokenizer_config.json" in read
+    assert "tokenizer.json" not in read  # by the tokenizers package alone
 
 
 def test_another_file_of_the_same_name_is_another_model(tmp_path: Path, cache: Path) -> None:

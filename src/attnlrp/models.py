@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -150,7 +151,7 @@ def _from_folder(path: str, dtype: Any, say: Report) -> tuple[Any, Any]:
                 return model, _image_reader(path, task)
             tokenizer = _tokenizer(path)
             processor = _processor(path, say) if task == "image-text-to-text" else None
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ModelError(
                 f"{path}: its tokenizer files are missing; expected tokenizer.json, or what it needs instead"
             )
@@ -249,7 +250,7 @@ def _converted(file: Path, say: Report) -> Path:
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
         try:
             model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            _save(tokenizer, partial)
             partial.rename(folder)  # whole or not at all, also if two processes convert at once
         except OSError:
             if not (folder / "config.json").exists():
@@ -257,6 +258,15 @@ def _converted(file: Path, say: Report) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer, with its added tokens in its config: else loading it reads the whole vocabulary for them."""
+    tokenizer.save_pretrained(folder)
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    added = {k: {flag: getattr(t, flag) for flag in flags} for k, t in tokenizer.added_tokens_decoder.items()}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens_decoder": added}))
 
 
 def _dtype(dtype: Any) -> Any:
