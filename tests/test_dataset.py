@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from attnlrp import CP_LRP, Explainer, InputError, dataset, explain_dataset, read_dataset
+from command import Run
 from nearness import same
 from tiny_tokenizers import build
 
@@ -72,3 +74,34 @@ def test_what_is_not_a_data_set_is_refused(explainer: Explainer, tmp_path: Path)
         explain_dataset(explainer, [], tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="got context="):
         explain_dataset(explainer, TEXTS, tmp_path / "out.jsonl", context="a text")
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path: Path, run: Run) -> None:
+    model, tokenizer = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    command = ["explain-dataset", data, "--model", tmp_path / "model", "--out", out, "--target", "#5"]
+    first = run(*command, "--samples", 5)
+    assert first.status == 0, first.err
+    assert first.err.endswith(f"5 texts explained, 5 in {out}\n")
+    second = run(*command, "--tokens", 60, "--memory", "auto")
+    assert second.err.endswith(f"7 texts explained, 12 in {out}\n")
+    found = dict(read_dataset(out))
+    expected = Explainer.from_pretrained(tmp_path / "model")(TEXTS[2], target=5)
+    assert sorted(found) == list(range(12))
+    assert same(found[2], expected)
+
+
+def test_the_command_refuses_the_file_of_another_target(tmp_path: Path, run: Run) -> None:
+    model, tokenizer = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "texts.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    assert run("explain-dataset", data, "--model", tmp_path / "model", "--out", out, "--target", "#5").status == 0
+    result = run("explain-dataset", data, "--model", tmp_path / "model", "--out", out, "--target", "#6")
+    assert result.status == 2
+    assert "give another file" in result.err
+    assert len(dict(read_dataset(out))) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,14 +11,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnlrp.cli_dataset import explain_dataset
 from attnlrp.cli_evaluate import app as evaluate
 from attnlrp.cli_intervene import intervene
 from attnlrp.cli_neurons import app as neurons
-from attnlrp.cli_options import Device, Dtype, File, Json, Model, Text, errors, progress, read_text, write_json
+from attnlrp.cli_options import (
+    Device,
+    Dtype,
+    File,
+    Json,
+    Keep,
+    Memory,
+    Model,
+    Preset,
+    Rules,
+    Target,
+    Text,
+    errors,
+    load_explainer,
+    number,
+    progress,
+    read_text,
+    write_json,
+)
 from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
-    from attnlrp.explainer import Explainer
     from attnlrp.gamma import Search
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.ledger import Ledger
@@ -36,39 +53,10 @@ app = typer.Typer(
 )
 app.add_typer(evaluate)
 app.add_typer(neurons)
-Target = Annotated[
-    str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
-]
 Context = Annotated[
     str | None,
     typer.Option(help="Text that holds the answer, where the model answers out of one.", show_default=False),
 ]
-
-
-class Preset(str, enum.Enum):
-    """Names of the presets that a user may choose."""
-
-    attnlrp = "attnlrp"
-    cp_lrp = "cp-lrp"
-    mamba_lrp = "mamba-lrp"
-    vit = "vit"
-    vit_cp = "vit-cp"
-    vit_dinov2 = "vit-dinov2"
-    gradient = "gradient"
-    softmax_identity = "softmax-identity"
-    softmax_distribute = "softmax-distribute"
-    softmax_omit = "softmax-omit"
-
-
-class Memory(str, enum.Enum):
-    """What the forward pass keeps for the backward pass."""
-
-    full = "full"
-    checkpoint = "checkpoint"
-    auto = "auto"
-
-
-Rules = Annotated[Preset, typer.Option("--rules", help="Table of rules; the softmax ones are known to be unstable.")]
 
 
 @app.command()
@@ -105,10 +93,7 @@ def explain(
         typer.Option(help="Explain the softmax output at this temperature, not the logit.", show_default=False),
     ] = None,
     rules: Rules = Preset.attnlrp,
-    memory: Annotated[
-        Memory,
-        typer.Option(help="checkpoint computes layers again: less memory, more time; auto: whatever fits."),
-    ] = Memory.full,
+    memory: Keep = Memory.full,
     words: Annotated[bool, typer.Option("--words", help="Join the pieces of each word.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table of most relevant tokens.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", show_default=False)] = None,
@@ -125,14 +110,14 @@ def explain(
     if target is not None and target_sum is not None:
         raise InputError("--target and --target-sum exclude each other")
     with progress() as report:
-        explainer = _explainer(model, rules, device, dtype, report, memory)
+        explainer = load_explainer(model, rules, device, dtype, report, memory)
         report("explaining")
         from attnlrp.targets import Continuation
 
         explanation = explainer(
             prompt,
-            target=Continuation(target_sum) if target_sum is not None else _number(target),
-            against=_number(against),
+            target=Continuation(target_sum) if target_sum is not None else number(target),
+            against=number(against),
             position=position,
             generate=generate,
             context=context,
@@ -223,8 +208,8 @@ def image(
             search = _gammas(gamma, explainer, images or photo, seconds, gamma_out, report)
             explainer.rules, explainer.rules_name = search.rules, f"gamma ({search.best})"
         report("explaining")
-        targets = [t for t in map(_number, target or []) if t is not None]
-        explanation = explainer(photo, target=targets or None, top=top, against=_number(against), texts=text)
+        targets = [t for t in map(number, target or []) if t is not None]
+        explanation = explainer(photo, target=targets or None, top=top, against=number(against), texts=text)
         explanation = explanation.smoothed(smooth)
         if out is not None:
             report(f"writing {out}")
@@ -251,9 +236,9 @@ def audit(
     """Account for every unit of relevance: what reached the input, what was absorbed, and where."""
     prompt = read_text(text, file)
     with progress() as report:
-        explainer = _explainer(model, rules, device, dtype, report)
+        explainer = load_explainer(model, rules, device, dtype, report)
         report("auditing every operation")
-        ledger = explainer.audit(prompt, target=_number(target), context=context)
+        ledger = explainer.audit(prompt, target=number(target), context=context)
     if json_to is not None:
         write_json(ledger.to_dict(), json_to)
     if json_to != "-":
@@ -263,6 +248,7 @@ def audit(
 
 
 app.command()(intervene)
+app.command()(explain_dataset)
 
 
 @app.command(name="models")
@@ -305,28 +291,6 @@ def main() -> None:
 def _fail(error: Exception, status: int) -> None:
     errors.print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
     sys.exit(status)
-
-
-def _number(target: str | None) -> str | int | None:
-    """An index written as #42; everything else is the text of a token or the name of a class."""
-    if target is not None and target[:1] == "#" and target[1:].isdecimal():
-        return int(target[1:])
-    return target
-
-
-def _explainer(
-    model: str | None,
-    rules: Preset,
-    device: str | None,
-    dtype: str | None,
-    report: Any,
-    memory: Memory = Memory.full,
-) -> Explainer:
-    from attnlrp.explainer import Explainer
-    from attnlrp.rules import PRESETS
-
-    options: Any = {"rules": PRESETS[rules.value], "memory": memory.value}
-    return Explainer.from_pretrained(model, **options, device=device, dtype=dtype, report=report)
 
 
 def _gammas(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +16,28 @@ from rich.markup import escape
 
 from attnlrp.errors import InputError
 
-__all__ = ["Device", "Dtype", "File", "Json", "Model", "Text", "errors", "progress", "read_text", "write_json"]
+if TYPE_CHECKING:
+    from attnlrp.explainer import Explainer
+
+__all__ = [
+    "Device",
+    "Dtype",
+    "File",
+    "Json",
+    "Keep",
+    "Memory",
+    "Model",
+    "Preset",
+    "Rules",
+    "Target",
+    "Text",
+    "errors",
+    "load_explainer",
+    "number",
+    "progress",
+    "read_text",
+    "write_json",
+]
 
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -29,6 +51,40 @@ Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps."
 Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
+]
+
+Target = Annotated[
+    str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
+]
+
+
+class Preset(str, enum.Enum):
+    """Names of the presets that a user may choose."""
+
+    attnlrp = "attnlrp"
+    cp_lrp = "cp-lrp"
+    mamba_lrp = "mamba-lrp"
+    vit = "vit"
+    vit_cp = "vit-cp"
+    vit_dinov2 = "vit-dinov2"
+    gradient = "gradient"
+    softmax_identity = "softmax-identity"
+    softmax_distribute = "softmax-distribute"
+    softmax_omit = "softmax-omit"
+
+
+class Memory(str, enum.Enum):
+    """What the forward pass keeps for the backward pass."""
+
+    full = "full"
+    checkpoint = "checkpoint"
+    auto = "auto"
+
+
+Rules = Annotated[Preset, typer.Option("--rules", help="Table of rules; the softmax ones are known to be unstable.")]
+Keep = Annotated[
+    Memory,
+    typer.Option("--memory", help="checkpoint computes layers again: less memory, more time; auto: whatever fits."),
 ]
 
 
@@ -66,3 +122,26 @@ def progress() -> Iterator[Any]:
     """One line on standard error that says what takes its time."""
     with errors.status("starting") as status:
         yield lambda step: status.update(escape(step))
+
+
+def number(target: str | None) -> str | int | None:
+    """An index written as #42; everything else is the text of a token or the name of a class."""
+    if target is not None and target[:1] == "#" and target[1:].isdecimal():
+        return int(target[1:])
+    return target
+
+
+def load_explainer(
+    model: str | None,
+    rules: Preset,
+    device: str | None,
+    dtype: str | None,
+    report: Any,
+    memory: Memory = Memory.full,
+) -> Explainer:
+    """An explainer with the rules and the memory that the options name."""
+    from attnlrp.explainer import Explainer
+    from attnlrp.rules import PRESETS
+
+    options: Any = {"rules": PRESETS[rules.value], "memory": memory.value}
+    return Explainer.from_pretrained(model, **options, device=device, dtype=dtype, report=report)
