@@ -42,6 +42,7 @@ from speed import load, machine, packaged_smollm2
 
 ROUNDS = 5
 STEPS = 20
+PROFILED = 5  # runs under the profiler
 
 Run = Callable[[], Any]
 
@@ -180,6 +181,8 @@ MODELS: dict[str, tuple[Callable[[], Any], list[tuple[int, int]], dict[str, list
 }
 
 
+PARTS = [*MODELS, "growth", "profile"]
+
 # --- measurements ---------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +286,20 @@ def growth(model: Any) -> dict[str, Any]:
     return found
 
 
+def where(model: Any) -> dict[str, dict[str, float]]:
+    """Where the time goes at 128 tokens: milliseconds in each operation by itself, the longest first."""
+    case, found = Case(model, 128, 1), {}
+    for name, run in {"input x gradient": case.gradient, "attnlrp": case.relevance}.items():
+        seconds({name: run}, 1)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            for _ in range(PROFILED):
+                run()
+        own = {e.key: e.self_cpu_time_total / 1000 / PROFILED for e in profiled.key_averages()}
+        longest = sorted(own, key=lambda key: own[key], reverse=True)[:12]
+        found[name] = {"all": sum(own.values())} | {key: own[key] for key in longest}
+    return found
+
+
 def fitted(rows: list[list[float]]) -> dict[str, Any]:
     time_points, memory_points = [[(row[0], row[k]) for row in rows] for k in (1, 2)]
     return {"points": rows, "seconds exponent": slope(time_points), "MiB exponent": slope(memory_points)}
@@ -319,6 +336,17 @@ def markdown(results: dict[str, Any]) -> str:
         for size, ways in results["growth"].items():
             for name, row in ways.items():
                 lines.append(f"| {size} | {name} | {row['seconds exponent']:.2f} | {row['MiB exponent']:.2f} |")
+    if "profile" in results:
+        lines += [
+            "",
+            "## Where the time goes, SmolLM2-135M at 128 tokens",
+            "",
+            "| method | operation | ms |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {key} | {ms:.1f} |" for name, own in results["profile"].items() for key, ms in own.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -331,7 +359,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cost"))
-    parser.add_argument("--only", nargs="+", choices=[*MODELS, "growth"], default=[*MODELS, "growth"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     file = options.out / "cost.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "models": {}}
@@ -345,9 +373,10 @@ def main() -> None:
             asked = [method for method, cells in once.items() if (tokens, batch) in cells]
             done[f"{tokens} x {batch}"] = cell(Case(model, tokens, batch), asked)
             write(results, options.out)
-    if "growth" in options.only and "growth" not in results:
-        results["growth"] = growth(smollm2())
-        write(results, options.out)
+    for name, measure in {"growth": growth, "profile": where}.items():
+        if name in options.only and name not in results:
+            results[name] = measure(smollm2())
+            write(results, options.out)
 
 
 if __name__ == "__main__":
