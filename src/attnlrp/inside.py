@@ -127,7 +127,9 @@ class Inside:
         outputs: list[Tensor] = [total]
         weights: list[Tensor] | None = None
         for sites in reversed(self._layers()):
-            live = [(x, _mask(site, x, self._units[site])) for site in sites for x, _ in self._live[site]]
+            live = [
+                (x, _mask(site, x, self._units[site])) for site in sites for x, _ in self._live[site] if x.requires_grad
+            ]
             outputs, weights = self._step(outputs, weights, live)
         return self._grad(outputs, leaves, weights)
 

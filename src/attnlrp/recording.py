@@ -117,7 +117,8 @@ class Recorder:
         Args:
             row: which text of the batch.
             targets: number of its targets.
-            lengths: number of its tokens, without padding; of an encoder-decoder, of both.
+            lengths: number of its tokens, without padding; of an encoder-decoder, of both; none for an image, whose
+                positions differ from layer to layer.
 
         Raises:
             ModelError: nothing was computed from the input at any unit.
@@ -150,6 +151,11 @@ class Recorder:
         return y
 
     def _watch_attention(self, weights: Tensor) -> Tensor:
+        if weights.requires_grad and weights.shape[:-3].numel() != self._batch:
+            raise ModelError(
+                f"latent: attention weights of shape {tuple(weights.shape)} are computed in windows, expected one map "
+                'for each head; ask for "heads" instead'
+            )
         note = _Note("", "attention", weights.shape[-3], weights)
         watched = self._watch(note, weights)
         if watched is not weights:
@@ -222,7 +228,8 @@ class Recorder:
         at = row if total.shape[1] > row else 0
         width = total.shape[-1]
         decoder = len(lengths) > 1 and is_in_decoder(note.name)
-        length, offset = (lengths[-1], lengths[0]) if decoder else (lengths[0], 0)
+        length, offset = (lengths[-1], lengths[0]) if decoder else ((*lengths, width)[0], 0)
+        ordered = width == length if lengths else note.value.dim() < 3 or len(note.value) == 1  # else in windows
         return LatentLayer(
             name=note.name,
             kind=note.kind,
@@ -231,7 +238,7 @@ class Recorder:
             indices=indices[:, at],
             relevance=relevance[:, at, :, :length],
             activation=activation[:, at, :, :length],
-            offset=offset if width >= length and (self._batch > 1 or width == length) else None,
+            offset=offset if width >= length and (self._batch > 1 or ordered) else None,
             attention=maps[0][:, at, :, :length] if maps else None,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ from markupsafe import Markup
 from attnlrp.errors import InputError
 from attnlrp.explanation import ExplainedTarget
 from attnlrp.image_explanation import ImageExplanation
-from attnlrp.show import colours, text
+from attnlrp.show import colours, text, units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +67,13 @@ def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
     return Panels(_coloured(relevance, pixel_end), overlay.round().astype(np.uint8), pixel_end, patch_end)
 
 
-def save(explanation: ImageExplanation, path: str | Path) -> Path:
+def save(explanation: ImageExplanation, path: str | Path, *, labels: Mapping[str, str] | None = None) -> Path:
     """Write a file; its suffix chooses: .html a page, .png .pdf .svg a figure.
+
+    Args:
+        explanation: with `latent`, a page has tables of its units.
+        path: of the file.
+        labels: what units stand for, by address.
 
     Raises:
         InputError: another suffix, or a figure without matplotlib.
@@ -75,7 +81,7 @@ def save(explanation: ImageExplanation, path: str | Path) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".html":
-        path.write_text(page(explanation), encoding="utf-8")
+        path.write_text(page(explanation, labels), encoding="utf-8")
     elif suffix in (".png", ".pdf", ".svg"):
         figure(explanation).savefig(path, dpi=200)
     else:
@@ -138,11 +144,11 @@ def _captioned(explanation: ImageExplanation, target: int) -> list[tuple[np.ndar
     ]
 
 
-def page(explanation: ImageExplanation) -> str:
+def page(explanation: ImageExplanation, labels: Mapping[str, str] | None = None) -> str:
     """A whole document that works without a network."""
     from attnlrp.show import html
 
-    return html.environment().get_template("image_page.html").render(_context(explanation))
+    return html.environment().get_template("image_page.html").render(_context(explanation, labels))
 
 
 def fragment(explanation: ImageExplanation) -> str:
@@ -152,15 +158,21 @@ def fragment(explanation: ImageExplanation) -> str:
     return html.environment().get_template("image_fragment.html").render(_context(explanation))
 
 
-def show(explanation: ImageExplanation, *, top: int = _TOP) -> None:
-    """Print the heat map of the patches to the terminal, and a table of this many most relevant ones."""
+def show(explanation: ImageExplanation, *, top: int = _TOP, labels: Mapping[str, str] | None = None) -> None:
+    """Print the heat map of the patches to the terminal, and tables of this many most relevant patches and units."""
     from rich.console import Console
 
-    Console(highlight=False).print(render(explanation, top=top))
+    Console(highlight=False).print(render(explanation, top=top, labels=labels))
 
 
-def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None = None) -> Any:
-    """What `show` prints: for each target its name, its patches in colour, and the most relevant of them."""
+def render(
+    explanation: ImageExplanation,
+    *,
+    top: int = _TOP,
+    dark: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Any:
+    """What `show` prints: for each target its name, its patches in colour, the most relevant of them, and of units."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -181,9 +193,36 @@ def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None 
         found = explanation.top(top, target=k)
         for (row, column, _), number in zip(found, text.column([value for *_, value in found]), strict=True):
             table.add_row(str(row), str(column), number)
-        parts += [Text(), name, Text(f"other logits  {others}", style="dim"), Text(), _blocks(explanation, k, dark)]
+        parts += [
+            Text(),
+            name,
+            Text(f"other logits  {others}", style="dim"),
+            Text(),
+            _blocks(explanation.patches[k], dark),
+        ]
         parts += [Text(), table, Text(), Text(balance(explanation, k), style="dim")]
+        parts += _units(explanation, k, top, dark, labels)
     return Group(*parts)
+
+
+def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: Mapping[str, str] | None) -> list[Any]:
+    """Tables of units, and the patches of the strongest ones."""
+    from rich.text import Text
+
+    from attnlrp.show import terminal_units
+
+    if explanation.latent is None:
+        return []
+    latent, names = units.named(explanation)
+    target = (k, explanation.targets[k])
+    parts = terminal_units.parts(latent, target, names, top=top, dark=dark, labels=labels)
+    for kind in units.kinds(latent):
+        row = units.ranked(latent, kind, target, names, count=1)[0]
+        layer = latent.layers[row.layer]
+        patches = explanation.of_patches(layer.relevance[k, row.row], layer.offset)
+        if patches is not None:
+            parts += [Text(), Text(f"patches of {row.unit}", style="dim"), _blocks(patches, dark)]
+    return parts
 
 
 def heading(explanation: ImageExplanation) -> str:
@@ -209,12 +248,11 @@ def _read(explanation: ImageExplanation) -> str:
     return f"{width} × {height} pixels, read from an image of {explanation.size[0]} × {explanation.size[1]}"
 
 
-def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
+def _blocks(patches: torch.Tensor, dark: bool) -> Any:
     """Patches, or sums over squares of them, as coloured cells; strong ones also carry their sign."""
     from rich.style import Style
     from rich.text import Text
 
-    patches = explanation.patches[target]
     join = -(-patches.shape[1] // _WIDEST)
     pad = (0, -patches.shape[1] % join, 0, -patches.shape[0] % join)
     joined = torch.nn.functional.pad(patches, pad).unfold(0, join, join).unfold(1, join, join).sum(dim=(-2, -1))
@@ -229,7 +267,7 @@ def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
     return out
 
 
-def _context(explanation: ImageExplanation) -> dict[str, Any]:
+def _context(explanation: ImageExplanation, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     from attnlrp.show import html
 
     ends = colours.scale(-1.0), colours.scale(0.0), colours.scale(1.0)
@@ -246,6 +284,7 @@ def _context(explanation: ImageExplanation) -> dict[str, Any]:
                 "pictures": [(_uri(pixels), caption) for pixels, caption in _captioned(explanation, k)],
                 "top": [(row, column, number) for (row, column, _), number in zip(found, numbers, strict=True)],
                 "balance": balance(explanation, k),
+                "units": _sections(explanation, k, labels),
             }
         )
     return {
@@ -256,6 +295,28 @@ def _context(explanation: ImageExplanation) -> dict[str, Any]:
         "style": Markup(style),
         "style_hash": html.digest(style),
     }
+
+
+def _sections(explanation: ImageExplanation, k: int, labels: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """For each kind of units a table of the strongest; with their patches, where positions are patches."""
+    if explanation.latent is None:
+        return []
+    latent, names = units.named(explanation)
+    target, sections = (k, explanation.targets[k]), []
+    for kind in units.kinds(latent):
+        found = units.ranked(latent, kind, target, names, count=_TOP, labels=labels)
+        rows = []
+        for row in found:
+            layer = latent.layers[row.layer]
+            patches = explanation.of_patches(layer.relevance[k, row.row], layer.offset)
+            drawn = None if patches is None else _uri(_coloured(patches.float(), _largest(patches)))
+            rows.append((row, drawn))
+        sections.append({"title": units.TITLES[kind], "rows": rows, "labelled": any(row.label for row in found)})
+    return sections
+
+
+def _largest(values: torch.Tensor) -> float:
+    return colours.limit(values.flatten().tolist())
 
 
 def _uri(pixels: np.ndarray) -> str:

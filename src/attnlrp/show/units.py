@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnlrp.explanation import ExplainedTarget
+from attnlrp.image_explanation import ImageExplanation
 from attnlrp.latent import Latent, LatentLayer
 from attnlrp.show import colours, text
 
@@ -20,6 +22,7 @@ __all__ = [
     "end_of",
     "kinds",
     "maps",
+    "named",
     "place",
     "place_of",
     "ranked",
@@ -88,6 +91,20 @@ def place(layer: LatentLayer, at: int, tokens: Sequence[str]) -> str:
 def place_of(start: int | None, at: int, tokens: Sequence[str], *, width: int = 32) -> str:
     """The token at a position behind the start of a layer; the bare number where positions are not tokens."""
     return str(at) if start is None else text.label(tokens[start + at], width=width)
+
+
+def named(explanation: ImageExplanation) -> tuple[Latent, list[str]]:
+    """What was recorded of an image, and names of its positions: tokens in front, and patches by row and column.
+
+    Layers whose positions are not these, as where patches have been merged, have no offset.
+    """
+    layers = () if explanation.latent is None else explanation.latent.layers
+    fronts = [explanation.in_front(x.total.shape[-1], x.offset) for x in layers]
+    front = next((f for f in fronts if f is not None), 0)
+    own = [x if f == front else dataclasses.replace(x, offset=None) for x, f in zip(layers, fronts, strict=True)]
+    rows, columns = explanation.patches.shape[1:]
+    patches = [f"row {r}, column {c}" for r in range(rows) for c in range(columns)]
+    return Latent(tuple(own)), [f"token {i}" for i in range(front)] + patches
 
 
 def ranked(
