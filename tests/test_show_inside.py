@@ -256,6 +256,21 @@ def test_terminal_of_several_targets_names_their_strongest_units() -> None:
         assert explanation.latent.top("neurons", 1, target=k)[0].unit in out
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_terminal_cuts_no_number_and_no_address(small: Explanation, width: int) -> None:
+    best = small.latent.top("neurons", 3)
+    out = printed(small, width=width, labels={best[0].unit: "ice, the polar bear"})
+    table = out[out.index("Neurons") : out.index("Heads")]
+    assert "…" not in table
+    assert {"ice,", "the", "polar", "bear"} < set(table.split())
+    for unit in best:
+        assert f"{unit.relevance:+.3f}" in table
+        assert (f"{unit.activation:+.4f}"[:6] in table) == (width > 60)
+        assert width < 80 or unit.unit in table
+    assert ("━" in table) == (width == 120)
+    assert max(map(len, table.splitlines())) <= width
+
+
 # --- figures
 
 

@@ -15,7 +15,20 @@ from rich.table import Table
 from attnlrp.cli_evaluate import app as evaluate
 from attnlrp.cli_intervene import intervene
 from attnlrp.cli_neurons import app as neurons
-from attnlrp.cli_options import Device, Dtype, File, Json, Model, Text, errors, progress, read_text, write_json
+from attnlrp.cli_options import (
+    Device,
+    Dtype,
+    File,
+    Json,
+    Model,
+    Target,
+    Text,
+    errors,
+    number,
+    progress,
+    read_text,
+    write_json,
+)
 from attnlrp.errors import AttnLRPError, InputError
 
 if TYPE_CHECKING:
@@ -36,9 +49,6 @@ app = typer.Typer(
 )
 app.add_typer(evaluate)
 app.add_typer(neurons)
-Target = Annotated[
-    str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
-]
 Context = Annotated[
     str | None,
     typer.Option(help="Text that holds the answer, where the model answers out of one.", show_default=False),
@@ -129,8 +139,8 @@ def explain(
 
         explanation = explainer(
             prompt,
-            target=Continuation(target_sum) if target_sum is not None else _number(target),
-            against=_number(against),
+            target=Continuation(target_sum) if target_sum is not None else number(target),
+            against=number(against),
             position=position,
             generate=generate,
             context=context,
@@ -221,8 +231,8 @@ def image(
             search = _gammas(gamma, explainer, images or photo, seconds, gamma_out, report)
             explainer.rules, explainer.rules_name = search.rules, f"gamma ({search.best})"
         report("explaining")
-        targets = [t for t in map(_number, target or []) if t is not None]
-        explanation = explainer(photo, target=targets or None, top=top, against=_number(against), texts=text)
+        targets = [t for t in map(number, target or []) if t is not None]
+        explanation = explainer(photo, target=targets or None, top=top, against=number(against), texts=text)
         explanation = explanation.smoothed(smooth)
         if out is not None:
             report(f"writing {out}")
@@ -251,7 +261,7 @@ def audit(
     with progress() as report:
         explainer = _explainer(model, rules, device, dtype, report)
         report("auditing every operation")
-        ledger = explainer.audit(prompt, target=_number(target), context=context)
+        ledger = explainer.audit(prompt, target=number(target), context=context)
     if json_to is not None:
         write_json(ledger.to_dict(), json_to)
     if json_to != "-":
@@ -303,13 +313,6 @@ def main() -> None:
 def _fail(error: Exception, status: int) -> None:
     errors.print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
     sys.exit(status)
-
-
-def _number(target: str | None) -> str | int | None:
-    """An index written as #42; everything else is the text of a token or the name of a class."""
-    if target is not None and target[:1] == "#" and target[1:].isdecimal():
-        return int(target[1:])
-    return target
 
 
 def _explainer(

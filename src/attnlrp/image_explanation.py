@@ -101,7 +101,7 @@ class ImageExplanation:
     def top(
         self, kind: int | str = 10, count: int = 10, *, target: int = 0
     ) -> list[tuple[int, int, float]] | list[UnitRelevance]:
-        """The most relevant by magnitude, largest first: patches as (row, column, relevance), or units inside the model.
+        """The most relevant by magnitude, largest first: patches as (row, column, relevance), or units.
 
         Args:
             kind: number of patches; or "neurons", "heads" and so on, see `Latent.top`; `token` is then a position.
@@ -135,7 +135,7 @@ class ImageExplanation:
         return front if offset is not None and self.patch > 1 and 0 <= front <= _IN_FRONT else None
 
     def of_patches(self, values: Float[Tensor, " position"], offset: int | None) -> Float[Tensor, "row column"] | None:
-        """Values at the positions of a layer, such as the relevance of a unit, at patches; what is in front is left out.
+        """Values at the positions of a layer, such as relevance of a unit, by patch; what is in front is left out.
 
         Args:
             values: at each position.

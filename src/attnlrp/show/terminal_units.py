@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,7 @@ _KEPT = 8  # lines of a terminal that a map leaves
 _CELL = 6  # characters of a cell at most
 _BAR = 12
 _FAINT = 0.02
+_ENDLESS = 10_000
 
 
 def parts(
@@ -40,7 +42,7 @@ def parts(
         out += [Text(), _Map(units.short(found), tokens, target[1].unit, dark)]
     for kind in units.kinds(latent):
         rows = units.ranked(latent, kind, target, tokens, count=top, labels=labels)
-        out += [Text(), Text(units.TITLES[kind]), _table(rows)]
+        out += [Text(), Text(units.TITLES[kind]), _Table(rows)]
     note = "Share is of the target; each layer shares out the relevance that comes to it."
     return [*out, Text(), Text(note, "dim")] if units.kinds(latent) else out
 
@@ -51,23 +53,42 @@ def strongest(latent: Latent, target: tuple[int, ExplainedTarget], tokens: Seque
     return Text(" · ".join(f"{r.unit} {r.relevance}" for r in found), style="dim")
 
 
-def _table(rows: list[units.TopUnit]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
-    table.add_column("unit", no_wrap=True)
-    for name in ("relevance", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("strongest at", no_wrap=True)
-    table.add_column("activation", justify="right", no_wrap=True)
-    labelled = any(row.label for row in rows)
-    if labelled:
-        table.add_column("label")
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        words = [row.unit, row.relevance, row.share, text.isolate(row.token), row.activation]
-        words += [text.isolate(text.label(row.label, width=60)) if row.label else ""] if labelled else []
-        bar = Text("━" * max(1, round(abs(row.size) * _BAR)), colours.scale(math.copysign(1.0, row.size)))
-        table.add_row(*map(Text, words), bar)
-    return table
+class _Table:
+    """Units in lines; where the width does not allow for all columns, bars go first, then activations."""
+
+    def __init__(self, rows: list[units.TopUnit]) -> None:
+        self.rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        long = max((len(row.unit) for row in self.rows), default=0) > options.max_width // 3
+        whole, plain = self._table(long, bars=True), self._table(long)
+        endless = options.update(max_width=_ENDLESS)
+        if Measurement.get(console, endless, whole).maximum <= options.max_width:
+            yield whole
+        elif Measurement.get(console, endless, plain).minimum <= options.max_width:
+            yield plain
+        else:
+            yield self._table(long, activation=False)
+
+    def _table(self, long: bool, *, activation: bool = True, bars: bool = False) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
+        labelled = any(row.label for row in self.rows)
+        table.add_column("unit", overflow="fold", no_wrap=not long)
+        for name in ("relevance", "share"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("strongest at", overflow="fold")
+        if activation:
+            table.add_column("activation", justify="right", no_wrap=True)
+        if labelled:
+            table.add_column("label", overflow="fold")
+        if bars:
+            table.add_column("")
+        for row in self.rows:
+            words = [row.unit, row.relevance, row.share, text.isolate(row.token)] + [row.activation] * activation
+            words += [text.isolate(text.label(row.label, width=60)) if row.label else ""] * labelled
+            bar = Text("━" * max(1, round(abs(row.size) * _BAR)), colours.scale(math.copysign(1.0, row.size)))
+            table.add_row(*map(Text, words), *[bar] * bars)
+        return table
 
 
 class _Map:
