@@ -151,11 +151,6 @@ class Recorder:
         return y
 
     def _watch_attention(self, weights: Tensor) -> Tensor:
-        if weights.requires_grad and weights.shape[:-3].numel() != self._batch:
-            raise ModelError(
-                f"latent: attention weights of shape {tuple(weights.shape)} are computed in windows, expected one map "
-                'for each head; ask for "heads" instead'
-            )
         note = _Note("", "attention", weights.shape[-3], weights)
         watched = self._watch(note, weights)
         if watched is not weights:
@@ -200,9 +195,16 @@ class Recorder:
     def _by_unit(self, note: _Note, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         """Activation and relevance (batch, token, unit); of attention also relevance (batch, head, query, key)."""
         if note.kind == "attention":
+            if value.shape[:-3].numel() != self._batch:
+                raise ModelError(
+                    f"latent: the attention weights of {note.name} are computed in windows, shape {tuple(value.shape)}, "
+                    'expected one map for each head; ask for "heads" instead'
+                )
             value, grad = (x.reshape(self._batch, note.units, *x.shape[-2:]) for x in (value, grad))
             relevance = value * grad
             return value.amax(dim=-1).transpose(1, 2), relevance.sum(dim=-1).transpose(1, 2), relevance
+        if note.kind == "residual" and value.dim() > 3:  # channels may lie on any axis: all is one position
+            value, grad = (x.reshape(self._batch, 1, -1) for x in (value, grad))
         if note.decompose is not None:
             activation, relevance = note.decompose(value, grad)
         else:
