@@ -79,7 +79,7 @@ def data_of(page: str) -> list[dict[str, Any]]:
 
 def decoded(entry: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of a page and the step of each, by the format's description and not by our own reader."""
-    whole = np.frombuffer(zlib.decompress(base64.b64decode(entry["data"])), {8: "int8", 16: "<i2"}[entry["bits"]])
+    whole = np.frombuffer(zlib.decompress(base64.b64decode(entry["data"])), "<i2")
     scale = torch.tensor(entry["scale"], dtype=torch.float64)[:, None]
     rows = torch.tensor(whole.astype(float)).reshape(len(scale), -1)
     return (rows * scale).reshape(entry["shape"]), scale.expand_as(rows).reshape(entry["shape"])
@@ -132,7 +132,7 @@ def test_a_page_of_thirty_layers_stays_small() -> None:
     assert_page_agrees(page, latent)
 
 
-@pytest.mark.parametrize(("tokens", "targets"), [(192, 1), (64, 8)])
+@pytest.mark.parametrize(("tokens", "targets"), [(128, 1), (64, 8)])
 def test_a_page_says_what_does_not_fit(tokens: int, targets: int) -> None:
     torch.manual_seed(0)
     latent = made(12, tokens, heads=32, targets=targets)
@@ -216,12 +216,10 @@ def test_attention_to_an_encoder_reads_its_tokens() -> None:
     assert (blocks["1"]["start"], blocks["1"]["keys"], blocks["1"]["maps"]["shape"]) == (0, 0, [2, 3, 3])
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_packed_numbers(bits: int) -> None:
+def test_packed_numbers() -> None:
     values = torch.tensor([[0.0, 0.0], [1e-30, -2e-30], [3e20, 1.0], [float("nan"), 1.0]])
-    entry = page_units.packed(values, bits)
+    entry = page_units.packed(values)
     assert_agrees(entry, values.nan_to_num(0.0))
-    assert torch.equal(page_units.unpacked(entry), decoded(entry)[0])
 
 
 # --- terminal

@@ -197,7 +197,7 @@ class Recorder:
         if note.kind == "attention":
             if value.shape[:-3].numel() != self._batch:
                 raise ModelError(
-                    f"latent: the attention weights of {note.name} are computed in windows, shape {tuple(value.shape)}, "
+                    f"latent: the weights of {note.name} are computed in windows, shape {tuple(value.shape)}, "
                     'expected one map for each head; ask for "heads" instead'
                 )
             value, grad = (x.reshape(self._batch, note.units, *x.shape[-2:]) for x in (value, grad))

@@ -1,7 +1,7 @@
 """The inside of a model in a page: what is shown at once, and data that the page draws when a section is opened.
 
-Data is JSON. An array of numbers is {"shape", "bits", "scale", "data"}: `data` holds whole numbers of 8 or 16 bits,
-little-endian, deflated, in base64; each row (all but the first axes of attention maps) times its `scale` is relevance.
+Data is JSON. An array of numbers is {"shape", "scale", "data"}: `data` holds whole numbers of 16 bits, little-endian,
+deflated, in base64; each row (all but the first axes of attention maps) times its `scale` is relevance.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from attnlrp.explanation import Explanation
 from attnlrp.latent import Latent, LatentLayer
 from attnlrp.show import text, units
 
-__all__ = ["LIMIT", "context", "packed", "unpacked"]
+__all__ = ["LIMIT", "context", "packed"]
 
 LIMIT = 4_900_000
 """Bytes of a page that holds layers."""
 _FRAME, _CELL, _VALUE = 120_000, 130, 14  # bytes of all but data, of a token, and of its value for one target
 _TOP = 20
+_STEPS = 2**15 - 1
 _CROSSED = re.compile("cross|enc(oder)?_?(dec|attn)", re.IGNORECASE)  # attention of a decoder to its encoder
 _ATTENTION = "attention"
 
@@ -49,31 +50,19 @@ def context(explanation: Explanation, labels: Mapping[str, str] | None = None) -
     ]
 
 
-def packed(values: Tensor, bits: int) -> dict[str, Any]:
+def packed(values: Tensor) -> dict[str, Any]:
     """Rows of numbers (..., row, column) as whole numbers, each row on a scale of its own; what is not finite is 0.
 
     Args:
         values: any numbers; of attention, each map is one row.
-        bits: 8 or 16.
     """
     rows = values.double().nan_to_num(0.0, 0.0, 0.0)
     rows = rows.flatten(1) if rows.dim() > 2 else rows
-    steps = 2 ** (bits - 1) - 1
-    scale = [float(f"{end / steps:.9g}") for end in rows.abs().amax(dim=1).tolist()]
+    scale = [float(f"{end / _STEPS:.9g}") for end in rows.abs().amax(dim=1).tolist()]
     divisor = torch.tensor([s or 1.0 for s in scale], dtype=torch.float64)[:, None]
-    whole = (rows / divisor).round().clamp(-steps, steps).numpy().astype(f"<i{bits // 8}")
+    whole = (rows / divisor).round().clamp(-_STEPS, _STEPS).numpy().astype("<i2")
     data = base64.b64encode(zlib.compress(whole.tobytes(), 9)).decode()
-    return {"shape": list(values.shape), "bits": bits, "scale": scale, "data": data}
-
-
-def unpacked(entry: Mapping[str, Any]) -> Tensor:
-    """The inverse of `packed`, but for what was rounded: half of a row's scale at most."""
-    import numpy as np
-
-    raw = zlib.decompress(base64.b64decode(entry["data"]))
-    whole = np.frombuffer(raw, f"<i{entry['bits'] // 8}").astype(np.float64)
-    rows = torch.from_numpy(whole).reshape(len(entry["scale"]), -1)
-    return (rows * torch.tensor(entry["scale"], dtype=torch.float64)[:, None]).reshape(entry["shape"])
+    return {"shape": list(values.shape), "scale": scale, "data": data}
 
 
 # --- data that is drawn later -------------------------------------------------------------------------------------
@@ -127,21 +116,21 @@ def _size(block: Any) -> int:
 
 def _map(found: units.LayerMap) -> dict[str, Any]:
     end = units.end_of(found.values)
-    return {"names": found.names, "start": found.start, "end": end, "values": packed(found.values, 16)}
+    return {"names": found.names, "start": found.start, "end": end, "values": packed(found.values)}
 
 
 def _block(explanation: Explanation, latent: Latent, k: int, i: int, labels: Mapping[str, str]) -> dict[str, Any]:
     layer, target = latent.layers[i], (k, explanation.targets[k])
     if layer.attention is None:
         rows = _cells(units.rows_of(latent, i, target, explanation.tokens, labels))
-        return {"start": layer.offset, "rows": rows, "values": packed(layer.relevance[k], 16)}
+        return {"start": layer.offset, "rows": rows, "values": packed(layer.relevance[k])}
     order = layer.indices[k].argsort()
     sums = [text.signed(_sum(layer.relevance[k, j])) for j in order.tolist()]
     maps = layer.attention[k]
     if not _CROSSED.search(layer.name):
         maps = maps[..., : maps.shape[-2]]  # behind it there is padding
     keys = 0 if layer.offset and _CROSSED.search(layer.name) else layer.offset
-    return {"start": layer.offset, "keys": keys, "sums": sums, "maps": packed(maps[order], 8)}
+    return {"start": layer.offset, "keys": keys, "sums": sums, "maps": packed(maps[order])}
 
 
 def _cells(rows: list[units.TopUnit]) -> list[list[str]]:

@@ -14,7 +14,7 @@
     const bytes = Uint8Array.from(atob(entry.data), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const buffer = await new Response(stream).arrayBuffer();
-    const whole = entry.bits === 8 ? new Int8Array(buffer) : new Int16Array(buffer);
+    const whole = new Int16Array(buffer);
     const size = whole.length / entry.scale.length;
     return entry.scale.map((step, r) => ({
       values: Float64Array.from(whole.subarray(r * size, (r + 1) * size), (v) => v * step),
@@ -26,6 +26,11 @@
     return Number(shown) ? (value > 0 ? "+" : "") + shown : "0";
   };
   const largest = (values) => values.reduce((end, v) => Math.max(end, Math.abs(v)), 0);
+  // Where the colours of a map end: a few cells outshine all others.
+  const endOf = (values) => {
+    const sizes = values.map(Math.abs).filter((size) => size > 0).sort();
+    return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.95 * sizes.length))] : 0;
+  };
   const level = (value, end) => (end ? Math.round(20 * Math.max(-1, Math.min(1, value / end))) : 0);
   const tokenAt = (start, i) => (start === null || !cells[start + i] ? "" : cells[start + i].textContent.trim() || "␣");
   const placeAt = (start, i) => (start === null ? `position ${i}` : `token ${start + i}   ${tokenAt(start, i)}`);
@@ -156,9 +161,9 @@
       const draw = (h) => {
         [...choice.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === h)));
         const {values, digits} = heads[h];
-        const end = largest(values);
+        const end = endOf(values);
         const legend = make("p", "legend", signed(-end, digits));
-        legend.append(make("i"), signed(end, digits), make("span", "", `relevance in ${data.units[target]}, in all ${sums[h]}`));
+        legend.append(make("i"), signed(end, digits), make("span", "", `relevance in ${data.units[target]}, in all ${sums[h]}; stronger cells have the colour of the ends`));
         place.replaceChildren(grid(
           queries, columns,
           (q, c) => level(values[q * columns + c], end),
