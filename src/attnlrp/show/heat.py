@@ -22,6 +22,7 @@ from markupsafe import Markup
 from attnlrp.errors import InputError
 from attnlrp.explanation import ExplainedTarget
 from attnlrp.image_explanation import ImageExplanation
+from attnlrp.latent import Latent, LatentLayer
 from attnlrp.show import colours, text, units
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ class Panels(NamedTuple):
     overlay: np.ndarray
     pixel_end: float
     patch_end: float
+
+
+class _Layer(NamedTuple):
+    """What a layer gives on: its address, relevance, the part of it on patches, where it is the strongest; by patch."""
+
+    name: str
+    relevance: str
+    on_patches: str
+    place: str
+    patches: torch.Tensor | None
 
 
 def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
@@ -206,7 +217,8 @@ def render(
 
 
 def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: Mapping[str, str] | None) -> list[Any]:
-    """Tables of units, and the patches of the strongest ones."""
+    """Tables of layers and units, and the patches of the strongest ones."""
+    from rich.table import Table
     from rich.text import Text
 
     from attnlrp.show import terminal_units
@@ -214,15 +226,47 @@ def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: 
     if explanation.latent is None:
         return []
     latent, names = units.named(explanation)
+    rows = _stream(explanation, latent, names, k)
+    table = Table("layer", "relevance", "on patches", "strongest at", box=None, header_style="dim", pad_edge=False)
+    for each in table.columns[1:3]:
+        each.justify = "right"
+    for row in rows:
+        table.add_row(*map(Text, (row.name, row.relevance, row.on_patches, row.place)))
+    parts = [Text(), Text("Layers"), table] if rows else []
+    latent = Latent(tuple(layer for layer in latent if layer.kind != "residual"))
     target = (k, explanation.targets[k])
-    parts = terminal_units.parts(latent, target, names, top=top, dark=dark, labels=labels)
+    parts += terminal_units.parts(latent, target, names, top=top, dark=dark, labels=labels)
     for kind in units.kinds(latent):
-        row = units.ranked(latent, kind, target, names, count=1)[0]
-        layer = latent.layers[row.layer]
-        patches = explanation.of_patches(layer.relevance[k, row.row], layer.offset)
+        first = units.ranked(latent, kind, target, names, count=1)[0]
+        layer = latent.layers[first.layer]
+        shown, patches = _on_patches(explanation, layer.relevance[k, first.row], layer)
         if patches is not None:
-            parts += [Text(), Text(f"patches of {row.unit}", style="dim"), _blocks(patches, dark)]
-    return parts
+            parts += [Text(), Text(f"patches of {first.unit}, {shown} in all", style="dim"), _blocks(patches, dark)]
+    note = "Tokens are in front of the patches, such as the class token."
+    return [*parts, Text(), Text(note, "dim")]
+
+
+def _stream(explanation: ImageExplanation, latent: Latent, names: list[str], k: int) -> list[_Layer]:
+    """What each layer gives on, the last one first, and what goes into the first."""
+    stream = [layer for layer in latent if layer.kind == "residual"]
+    kept = [layer for i, layer in enumerate(stream) if i == 0 or layer.name.endswith(":after")]
+    numbers = text.column([layer.total[k].double().sum().item() for layer in kept])
+    rows = []
+    for layer, number in zip(kept, numbers, strict=True):
+        shown, patches = _on_patches(explanation, layer.total[k], layer)
+        place = units.place(layer, int(layer.total[k].abs().argmax()), names)
+        rows.append(_Layer(layer.name.removesuffix(":after"), number, shown, place, patches))
+    return rows[::-1]
+
+
+def _on_patches(
+    explanation: ImageExplanation, values: torch.Tensor, layer: LatentLayer
+) -> tuple[str, torch.Tensor | None]:
+    """The sum of values over patches, without what is in front of them, and the values if any is not 0."""
+    patches = explanation.of_patches(values, layer.offset)
+    if patches is None:
+        return "–", None
+    return text.signed(patches.double().sum().item()), patches if patches.any() else None
 
 
 def heading(explanation: ImageExplanation) -> str:
@@ -298,21 +342,33 @@ def _context(explanation: ImageExplanation, labels: Mapping[str, str] | None = N
 
 
 def _sections(explanation: ImageExplanation, k: int, labels: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    """For each kind of units a table of the strongest; with their patches, where positions are patches."""
+    """Tables of the layers, and of the strongest units of each kind; with patches, where positions are patches."""
     if explanation.latent is None:
         return []
     latent, names = units.named(explanation)
     target, sections = (k, explanation.targets[k]), []
+    layers = [
+        (x.name, "", (x.relevance, x.on_patches, x.place), _drawn(x.patches))
+        for x in _stream(explanation, latent, names, k)
+    ]
+    if layers:
+        columns = ["Layer", "Relevance", "On patches", "Strongest at"]
+        sections.append({"title": "Layers: the residual stream", "columns": columns, "rows": layers})
     for kind in units.kinds(latent):
-        found = units.ranked(latent, kind, target, names, count=_TOP, labels=labels)
         rows = []
-        for row in found:
+        for row in units.ranked(latent, kind, target, names, count=_TOP, labels=labels):
             layer = latent.layers[row.layer]
-            patches = explanation.of_patches(layer.relevance[k, row.row], layer.offset)
-            drawn = None if patches is None else _uri(_coloured(patches.float(), _largest(patches)))
-            rows.append((row, drawn))
-        sections.append({"title": units.TITLES[kind], "rows": rows, "labelled": any(row.label for row in found)})
+            shown, patches = _on_patches(explanation, layer.relevance[k, row.row], layer)
+            cells = row.relevance, row.share, shown, row.token, row.activation
+            rows.append((row.unit, row.label, cells, _drawn(patches)))
+        columns = ["Unit", "Relevance", "Share of the target", "On patches", "Strongest at", "Activation"]
+        title = f"{units.TITLES[kind]}: the most relevant of all layers"
+        sections.append({"title": title, "columns": columns, "rows": rows})
     return sections
+
+
+def _drawn(patches: torch.Tensor | None) -> str | None:
+    return None if patches is None else _uri(_coloured(patches.float(), _largest(patches)))
 
 
 def _largest(values: torch.Tensor) -> float:
