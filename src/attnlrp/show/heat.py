@@ -36,6 +36,7 @@ _OPAQUE = 0.85  # of the strongest patch over the picture
 _PANEL, _GAP, _LEFT, _TITLE, _HEAD, _FOOT = 2.6, 0.15, 0.25, 0.6, 0.35, 0.3  # inch
 _WIDEST = 32  # patches side by side in a terminal
 _TOP = 10
+_FRONT = "Tokens are in front of the patches, such as the class token; what is not on patches lies there."
 
 
 class Panels(NamedTuple):
@@ -232,7 +233,7 @@ def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: 
         each.justify = "right"
     for row in rows:
         table.add_row(*map(Text, (row.name, row.relevance, row.on_patches, row.place)))
-    parts = [Text(), Text("Layers"), table] if rows else []
+    parts: list[Any] = [Text(), Text("Layers"), table] if rows else []
     latent = Latent(tuple(layer for layer in latent if layer.kind != "residual"))
     target = (k, explanation.targets[k])
     parts += terminal_units.parts(latent, target, names, top=top, dark=dark, labels=labels)
@@ -242,8 +243,7 @@ def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: 
         shown, patches = _on_patches(explanation, layer.relevance[k, first.row], layer)
         if patches is not None:
             parts += [Text(), Text(f"patches of {first.unit}, {shown} in all", style="dim"), _blocks(patches, dark)]
-    note = "Tokens are in front of the patches, such as the class token."
-    return [*parts, Text(), Text(note, "dim")]
+    return [*parts, Text(), Text(_FRONT, "dim")] if names[0] == "token 0" else parts
 
 
 def _stream(explanation: ImageExplanation, latent: Latent, names: list[str], k: int) -> list[_Layer]:
@@ -329,6 +329,7 @@ def _context(explanation: ImageExplanation, labels: Mapping[str, str] | None = N
                 "top": [(row, column, number) for (row, column, _), number in zip(found, numbers, strict=True)],
                 "balance": balance(explanation, k),
                 "units": _sections(explanation, k, labels),
+                "front": _FRONT if units.named(explanation)[1][0] == "token 0" else "",
             }
         )
     return {
@@ -346,7 +347,8 @@ def _sections(explanation: ImageExplanation, k: int, labels: Mapping[str, str] |
     if explanation.latent is None:
         return []
     latent, names = units.named(explanation)
-    target, sections = (k, explanation.targets[k]), []
+    target = (k, explanation.targets[k])
+    sections: list[dict[str, Any]] = []
     layers = [
         (x.name, "", (x.relevance, x.on_patches, x.place), _drawn(x.patches))
         for x in _stream(explanation, latent, names, k)
