@@ -326,6 +326,19 @@ def test_every_renderer_takes_every_latent(values: str, tmp_path: Path) -> None:
     explanation.merge_words().save(tmp_path / "words.html")
 
 
+def test_error_and_bias_of_a_dictionary_have_their_names() -> None:
+    values = torch.tensor([[3.0, 1.0], [0.5, 0.5], [0.25, 0.25]])
+    features = layer("layers.0:after.features", "features", 2, 3, 6)
+    features = dataclasses.replace(features, relevance=values[None], indices=torch.tensor([[4, 1, 5]]))
+    explanation = explained(["a", "b"], Latent((features,)))
+    names = [f"layers.0:after.features:{name}" for name in ("error", "1", "bias")]
+    assert [unit.unit for unit in explanation.top("features", 3)] == names
+    out, page = printed(explanation), html.page(explanation)
+    for name in names:
+        assert f"{name} " in out
+        assert f">{name}<" in page
+
+
 def test_kinds_that_were_not_recorded_are_left_out() -> None:
     latent = Latent((layer("layers.0.mlp", "neurons", 2, 2, 2),))
     explanation = explained(["a", "b"], latent)

@@ -157,7 +157,7 @@ def _rows(
     result = []
     for (i, j, value), number, size in zip(found, text.column(values), colours.normalise(values), strict=True):
         layer = latent.layers[i]
-        unit = f"{layer.name}:{int(layer.indices[k, j])}"
+        unit = layer.address(int(layer.indices[k, j]))
         at = int(layer.relevance[k, j].abs().argmax())
         activation = text.signed(layer.activation[k, j, at].item())
         share = _share(value, explained.logit)
