@@ -280,6 +280,12 @@ def test_what_is_not_there_is_refused(options: Any, error: type[Exception], mess
         build("Swin")(photo(), **options)
 
 
+def test_units_that_read_no_pixels_are_refused() -> None:
+    ours = build("CLIP")
+    with pytest.raises(InputError, match=r"text_model.encoder.layers.0.mlp does not read the explained input"):
+        ours(photo(), texts=TEXTS, through="text_model.encoder.layers.0.mlp:1")
+
+
 def test_units_that_were_not_recorded() -> None:
     explanation = build("ViT")(photo())
     with pytest.raises(InputError, match=r"no neurons were recorded; explain with latent=\('neurons',\)"):
