@@ -369,7 +369,7 @@ def test_saved_and_loaded(ending: str, tmp_path: Path) -> None:
         ({"latent": "neurons", "latent_top": 0}, "latent_top: got 0"),
         ({"through": "layers.0.mlp:99"}, "layers.0.mlp has neurons 0 to 47"),
         ({"through": "layers.0.mpl:1"}, "no layer is called layers.0.mpl; expected an address such as layers.0.mlp:0"),
-        ({"target": Neuron(5, 0)}, "no layer is called neurons of layer 5"),
+        ({"target": Neuron(5, 0)}, "no layer with neurons is called 5; expected an address such as layers.0.mlp:0"),
     ],
 )
 def test_what_is_not_there_is_refused(options: Any, message: str) -> None:

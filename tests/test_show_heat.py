@@ -16,6 +16,7 @@ from rich.console import Console
 
 from attnlrp import ImageExplanation
 from attnlrp.explanation import Candidate, ExplainedTarget
+from attnlrp.latent import Latent, LatentLayer
 from attnlrp.show import colours, heat
 
 TARGET = ExplainedTarget("lion", 2, None, 1.5, 1, candidates=(Candidate("lion", 2, 1.5), Candidate("cat", 1, 0.5)))
@@ -135,3 +136,82 @@ def test_many_patches_are_joined_for_the_terminal() -> None:
     rows = [line for line in console.file.getvalue().splitlines() if line.startswith("++")]  # type: ignore[attr-defined]
     assert len(rows) == 27
     assert {len(row) for row in rows[:-1]} == {54}
+
+
+# --- units inside the model -------------------------------------------------------------------------------------------
+
+
+def layer(name: str, kind: str, values: torch.Tensor, offset: int | None = 0) -> LatentLayer:
+    """A layer of one target, from the relevance of its units (unit, position), the strongest first."""
+    kept = torch.arange(len(values))[None]
+    return LatentLayer(name, kind, len(values), values.sum(dim=0)[None], kept, values[None], values[None] + 7, offset)
+
+
+@pytest.fixture
+def inside() -> ImageExplanation:
+    """Patches 2 x 2 behind one token; layer 1 is read at the token alone, and layer 2 has other positions."""
+    values = torch.tensor([[2.0, 1.0, -4.0, 3.0, 0.5], [0.1, 0.0, 0.0, 0.0, -0.2]])
+    alone = torch.tensor([[1.5, 0.0, 0.0, 0.0, 0.0]])
+    layers = (
+        layer("layers.0:before", "residual", values.sum(0, keepdim=True)),
+        layer("layers.0.mlp", "neurons", values),
+        layer("layers.0:after", "residual", 2 * values.sum(0, keepdim=True)),
+        layer("layers.1.mlp", "neurons", alone),
+        layer("layers.1:after", "residual", alone),
+        layer("layers.2.attn", "heads", torch.tensor([[0.25, 0.5]]), offset=None),
+    )
+    return dataclasses.replace(explanation(torch.ones(1, 4, 4)), latent=Latent(layers))
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """Cells behind the first one of each line of a table."""
+    found = re.findall(r'<tr><th scope="row">([^<]+).*?</th>(.*?)</tr>', page)
+    return {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in found}
+
+
+def test_a_page_says_what_of_a_unit_lies_on_patches(inside: ImageExplanation) -> None:
+    page = heat.page(inside, {"layers.0.mlp:0": "<b>fur</b>"})
+    found = rows(page)
+    number, share, on_patches, place, activation, drawn = found["layers.0.mlp:0"]
+    assert (number, share, on_patches, place, activation) == (
+        "+2.500",
+        "+166.7%",
+        "+0.5000",
+        "row 0, column 1",
+        "+3.000",
+    )
+    uri = re.search(r'base64,([^"]+)"', drawn)
+    assert uri is not None
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(uri[1]))))
+    assert pixels.tolist() == [[colour(0.25), colour(-1.0)], [colour(0.75), colour(0.125)]]
+    assert found["layers.1.mlp:0"][2:4] == ["0", "token 0"]
+    assert found["layers.1.mlp:0"][-1] == "–"  # nothing is on patches
+    assert found["layers.2.attn:0"][2:4] == ["–", "position 1"]  # positions are not patches
+    assert list(found)[:3] == ["layers.1", "layers.0", "layers.0:before"]
+    assert found["layers.0"][:3] == ["+4.800", "+0.6000", "row 0, column 1"]
+    assert "&lt;b&gt;fur" in page
+    assert "<b>" not in page
+    assert "Tokens are in front of the patches" in page
+    assert "Layers" not in heat.page(dataclasses.replace(inside, latent=None))
+
+
+def test_the_terminal_shows_layers_units_and_patches_of_the_strongest(inside: ImageExplanation) -> None:
+    console = Console(width=100, file=io.StringIO(), no_color=True)
+    console.print(heat.render(inside, dark=True, labels={"layers.0.mlp:0": "fur"}))
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [" ".join(line.split()) for line in written.splitlines()]
+    assert "layers.0 +4.800 +0.6000 row 0, column 1" in lines
+    assert "layers.0.mlp:0 +2.500 +166.7% row 0, column 1 +3.000 fur ━━━━━━━━━━━━" in lines
+    at = lines.index("patches of layers.0.mlp:0, +0.5000 in all")
+    assert [line.rstrip() for line in written.splitlines()[at + 1 : at + 3]] == ["  --", "++"]
+    assert not [line for line in lines if line.startswith("patches of layers.2")]
+    assert "Residual stream" not in written
+
+
+def test_what_was_not_recorded_is_not_shown(inside: ImageExplanation) -> None:
+    assert inside.latent is not None
+    bare = dataclasses.replace(inside, latent=Latent(inside.latent.layers[-1:]))
+    page = heat.page(bare)
+    assert list(rows(page)) == ["layers.2.attn:0"]
+    assert "Tokens are in front" not in page
+    assert "Layers" not in page

@@ -122,7 +122,8 @@ def test_a_head_has_an_address() -> None:
         ("layers.1.mlp:x", r"layers\.1\.mlp has neurons 0 to 47"),
         ("layers.1.mpl:3", r"no layer is called layers\.1\.mpl; expected an address such as layers\.1\.mlp:0"),
         ("3", "expected an address such as"),
-        (Neuron(7, 0), r"no layer is called neurons of layer 7"),
+        (Neuron("layers.1.self_attn", 0), r"no layer with neurons is called layers.1.self_attn; .* layers\.1\.mlp:0"),
+        (Neuron(7, 0), r"no layer with neurons is called 7; expected an address such as layers.0.mlp:0"),
     ],
 )
 def test_units_that_are_not_there(unit: str | Neuron, match: str) -> None:
@@ -131,7 +132,7 @@ def test_units_that_are_not_there(unit: str | Neuron, match: str) -> None:
 
 
 def test_a_number_that_several_layers_have() -> None:
-    with pytest.raises(InputError, match=r"4 layers are called neurons of layer 1; expected .*experts\.0:0"):
+    with pytest.raises(InputError, match=r"4 layers with neurons are called 1; expected .*experts\.0:0"):
         resolve(sites_of("mixtral"), Neuron(1, 0))
 
 

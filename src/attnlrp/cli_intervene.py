@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,24 +10,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from attnlrp.cli_options import Device, Dtype, File, Json, Model, Text, progress, read_text, write_json
+from attnlrp.cli_options import (
+    Device,
+    Dictionaries,
+    Dtype,
+    File,
+    Json,
+    Model,
+    Text,
+    dictionaries,
+    progress,
+    read_text,
+    write_json,
+)
 from attnlrp.errors import InputError
 
 if TYPE_CHECKING:
     from attnlrp.comparison import Comparison, Shift
     from attnlrp.features import SparseAutoencoder
 
-__all__ = ["Dictionaries", "dictionaries", "intervene"]
-
-Dictionaries = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sae",
-        help="Sparse autoencoder, PLACE=FILE, such as layers.10:after=sae.safetensors; its features are units, "
-        "layers.10:after.features:7. May be repeated.",
-        show_default=False,
-    ),
-]
+__all__ = ["intervene"]
 
 
 def _changes(verb: str) -> Any:
@@ -41,7 +42,7 @@ def intervene(
     model: Model = None,
     set_to: Annotated[
         list[str] | None,
-        typer.Option("--set", help="UNIT=VALUE, such as layers.17.mlp:3948=0. May be repeated.", show_default=False),
+        typer.Option("--set", help="UNIT=VALUE, such as layers.16.mlp:394=0. May be repeated.", show_default=False),
     ] = None,
     scale: Annotated[list[str] | None, _changes("UNIT=FACTOR.")] = None,
     add: Annotated[list[str] | None, _changes("UNIT=AMOUNT.")] = None,
@@ -83,7 +84,7 @@ def intervene(
                 changes[_unit(unit, found)] = change(*numbers)
         if not changes:
             raise InputError(
-                "changes: got none, expected --set, --scale, --add or --clamp, such as --set layers.17.mlp:3948=0"
+                "changes: got none, expected --set, --scale, --add or --clamp, such as --set layers.16.mlp:394=0"
             )
         explainer = Explainer.from_pretrained(model, device=device, dtype=dtype, report=report)
         report("comparing")
@@ -92,23 +93,6 @@ def intervene(
         write_json(result.to_dict(), json_to)
     if json_to != "-":
         _show(result)
-
-
-def dictionaries(given: list[str] | None) -> list[SparseAutoencoder]:
-    """The sparse autoencoders of `--sae`.
-
-    Raises:
-        InputError: not PLACE=FILE, or no such file.
-    """
-    from attnlrp.features import SparseAutoencoder
-
-    found = []
-    for said in given or ():
-        place, equals, path = said.partition("=")
-        if not (place and equals and path):
-            raise InputError(f"--sae: got {said!r}, expected PLACE=FILE, such as layers.10:after=sae.safetensors")
-        found.append(SparseAutoencoder.load(Path(path), place))
-    return found
 
 
 def _parsed(option: str, said: str, count: int) -> tuple[str, list[float]]:
@@ -120,7 +104,7 @@ def _parsed(option: str, said: str, count: int) -> tuple[str, list[float]]:
     if not unit or len(numbers) != count:
         expected = "UNIT=LOW,HIGH" if count == 2 else "UNIT=NUMBER"
         raise InputError(
-            f"{option}: got {said!r}, expected {expected}, such as layers.17.mlp:3948=0{',1' * (count - 1)}"
+            f"{option}: got {said!r}, expected {expected}, such as layers.16.mlp:394=0{',1' * (count - 1)}"
         )
     return unit, numbers
 

@@ -15,16 +15,35 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnlrp.cli_options import Device, Dtype, Json, Model, errors, progress, write_json
+from attnlrp.cli_options import (
+    Device,
+    Dictionaries,
+    Dtype,
+    File,
+    Json,
+    Model,
+    Target,
+    dictionaries,
+    errors,
+    number,
+    progress,
+    read_text,
+    write_json,
+)
+from attnlrp.cli_options import Text as Prompt
+from attnlrp.errors import InputError
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
+    from attnlrp.explanation import Explanation
     from attnlrp.image_explainer import ImageExplainer
     from attnlrp.labels import Label, Match
     from attnlrp.ranking import ReferenceSample
     from attnlrp.reference import ReferenceSamples
 
 __all__ = ["app"]
+
+_KEPT = 32  # units of each layer, at least
 
 app = typer.Typer(
     name="neurons", help="What the units inside of a model stand for.", no_args_is_help=True, rich_markup_mode=None
@@ -40,6 +59,15 @@ SameModel = Annotated[
 ]
 Folder = Annotated[Path, typer.Option("--samples", help="Folder of attnlrp neurons collect.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Folder to keep them in.", show_default=False)]
+
+
+class Kind(str, enum.Enum):
+    """What is recorded inside of a model."""
+
+    neurons = "neurons"
+    heads = "heads"
+    residual = "residual"
+    attention = "attention"
 
 
 class Order(str, enum.Enum):
@@ -69,6 +97,83 @@ By = Annotated[
     Order | None,
     typer.Option(help="Which samples; a minus for the lowest; default: the first collected.", show_default=False),
 ]
+
+
+@app.command()
+def explain(
+    text: Prompt = None,
+    file: File = None,
+    model: Model = None,
+    kind: Annotated[
+        list[Kind] | None,
+        typer.Option(
+            help="What to record; may be repeated; default: neurons and heads, with --sae its features alone.",
+            show_default=False,
+        ),
+    ] = None,
+    sae: Dictionaries = None,
+    through: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Unit that relevance must go through, such as layers.16.mlp:394; may be repeated.", show_default=False
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain what this neuron computes, such as layers.16.mlp:394, instead of an output.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Target = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Token whose prediction is explained, or where the neuron of --unit is read; -1 the last.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Folder of attnlrp neurons collect: words say what units stand for.", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Units that are listed.")] = 10,
+    save: Annotated[
+        Path | None, typer.Option(help="Write .safetensors, .json, .html, .png, .pdf or .svg.", show_default=False)
+    ] = None,
+    json_to: Json = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Show which neurons, heads and features inside the model have made its prediction."""
+    prompt = read_text(text, file)
+    if unit is not None and target is not None:
+        raise InputError("--unit and --target exclude each other: --unit explains a neuron, --target an output")
+    with progress() as report:
+        from attnlrp.explainer import Explainer
+        from attnlrp.targets import Neuron
+
+        kinds = [k.value for k in kind or ()] or ([] if sae else ["neurons", "heads"])
+        explainer = Explainer.from_pretrained(model, device=device, dtype=dtype, report=report)
+        report("explaining")
+        explanation = explainer(
+            prompt,
+            target=number(target) if unit is None else Neuron(*_parts(unit)),
+            position=position,
+            through=through or (),
+            latent=[*kinds, *dictionaries(sae)],
+            latent_top=max(top, _KEPT),
+        )
+        labels = {} if samples is None else _words(samples, explainer, explanation, max(top, _KEPT))
+        if save is not None:
+            report(f"writing {save}")
+            explanation.save(save, labels=labels)
+    if json_to is not None:
+        write_json(explanation.to_dict(), json_to)
+    if json_to != "-":
+        from attnlrp import show
+
+        show.show(explanation, top=top, labels=labels)
 
 
 @app.command()
@@ -150,7 +255,7 @@ def merge(
 @app.command()
 def label(
     units: Annotated[
-        list[str], typer.Argument(help="Addresses such as layers.17.mlp:3948.", metavar="UNIT...", show_default=False)
+        list[str], typer.Argument(help="Addresses such as layers.16.mlp:394.", metavar="UNIT...", show_default=False)
     ],
     samples: Folder,
     model: SameModel = None,
@@ -212,6 +317,31 @@ def search(
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
+def _parts(address: str) -> tuple[str, int]:
+    name, _, index = address.rpartition(":")
+    if not name or not index.isdecimal():
+        raise InputError(f"--unit: got {address!r}, expected an address such as layers.16.mlp:394")
+    return name, int(index)
+
+
+def _words(folder: Path, explainer: Explainer, explanation: Explanation, count: int) -> dict[str, str]:
+    """Words at the peaks of the strongest units, where they were collected."""
+    from attnlrp.collecting import name_of_model
+    from attnlrp.reference import ReferenceSamples
+
+    found = ReferenceSamples.load(folder)
+    if name_of_model(explainer) != found.settings.model:
+        raise InputError(f"--samples: {folder} is of {found.settings.model}, expected {name_of_model(explainer)}")
+    collected = {site.name for site in found.sites}
+    kinds = {layer.kind for layer in explanation.latent or ()} & {"neurons", "heads"}
+    units = [u.unit for kind in kinds for u in explanation.top(kind, count)]
+    return {
+        unit: ", ".join([word for word, _ in found.words(unit) if word.strip()][:4])
+        for unit in units
+        if unit.rpartition(":")[0] in collected
+    }
+
+
 def _load(model: str | None, device: str | None, dtype: str | None, report: Any) -> Explainer | ImageExplainer:
     from attnlrp import models
     from attnlrp.explainer import Explainer
@@ -228,7 +358,6 @@ def _same(
     """The model that the samples are of; None if it is not named, and not the packaged one."""
     from attnlrp import demo
     from attnlrp.collecting import name_of_model
-    from attnlrp.errors import InputError
 
     expected = samples.settings.model
     if model is None and expected != demo.NAME:

@@ -18,9 +18,11 @@ from attnlrp.errors import InputError
 
 if TYPE_CHECKING:
     from attnlrp.explainer import Explainer
+    from attnlrp.features import SparseAutoencoder
 
 __all__ = [
     "Device",
+    "Dictionaries",
     "Dtype",
     "File",
     "Json",
@@ -31,6 +33,7 @@ __all__ = [
     "Rules",
     "Target",
     "Text",
+    "dictionaries",
     "errors",
     "load_explainer",
     "number",
@@ -48,13 +51,21 @@ Model = Annotated[
     typer.Option("--model", help="Hub name, folder, or GGUF file; default: the packaged model.", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
+Dictionaries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae",
+        help="Sparse autoencoder, PLACE=FILE, such as layers.10:after=sae.safetensors; its features are units, "
+        "layers.10:after.features:7. May be repeated.",
+        show_default=False,
+    ),
 ]
-
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfloat16 or float16.", show_default=False)]
 Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
+]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
 ]
 
 
@@ -108,6 +119,13 @@ def read_text(text: str | None, file: Path | None) -> str:
         raise InputError(f"{file}: {error.strerror}") from error
 
 
+def number(target: str | None) -> str | int | None:
+    """An index written as #42; everything else is the text of a token or the name of a class."""
+    if target is not None and target[:1] == "#" and target[1:].isdecimal():
+        return int(target[1:])
+    return target
+
+
 def write_json(data: Any, path: str) -> None:
     """Write to a file, or to standard output in one line."""
     text = json.dumps(data, ensure_ascii=False, indent=None if path == "-" else 1)
@@ -117,18 +135,28 @@ def write_json(data: Any, path: str) -> None:
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 
+def dictionaries(given: list[str] | None) -> list[SparseAutoencoder]:
+    """The sparse autoencoders of `--sae`.
+
+    Raises:
+        InputError: not PLACE=FILE, or no such file.
+    """
+    from attnlrp.features import SparseAutoencoder
+
+    found = []
+    for said in given or ():
+        place, equals, path = said.partition("=")
+        if not (place and equals and path):
+            raise InputError(f"--sae: got {said!r}, expected PLACE=FILE, such as layers.10:after=sae.safetensors")
+        found.append(SparseAutoencoder.load(Path(path), place))
+    return found
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     """One line on standard error that says what takes its time."""
     with errors.status("starting") as status:
         yield lambda step: status.update(escape(step))
-
-
-def number(target: str | None) -> str | int | None:
-    """An index written as #42; everything else is the text of a token or the name of a class."""
-    if target is not None and target[:1] == "#" and target[1:].isdecimal():
-        return int(target[1:])
-    return target
 
 
 def load_explainer(

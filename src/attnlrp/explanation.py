@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -221,8 +221,12 @@ class Explanation:
             fields["relevance"] = torch.tensor(relevance, dtype=dtype).reshape(shape)
         return cls(**fields)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, labels: Mapping[str, str] | None = None) -> Path:
         """Write a file; its suffix chooses: .safetensors .json (both load again), .html .png .pdf .svg.
+
+        Args:
+            path: of the file.
+            labels: what units stand for, by address, such as {"layers.17.mlp:3948": "cold"}; pictures show it.
 
         Raises:
             InputError: another suffix.
@@ -240,7 +244,7 @@ class Explanation:
         else:
             from attnlrp import show  # results do not draw: the renderers load on first use
 
-            show.save(self, path)
+            show.save(self, path, labels=labels)
         return path
 
     @classmethod
@@ -264,11 +268,11 @@ class Explanation:
                 f"{path}: not an explanation saved by attnlrp ({error!r}); expected a file that Explanation.save wrote"
             ) from error
 
-    def show(self) -> None:
-        """Print the heat map to the terminal (in a notebook, the object shows itself)."""
+    def show(self, *, labels: Mapping[str, str] | None = None) -> None:
+        """Print the heat map to the terminal (in a notebook, the object shows itself), and units with their labels."""
         from attnlrp import show
 
-        show.show(self)
+        show.show(self, labels=labels)
 
     def _repr_html_(self) -> str:
         from attnlrp import show

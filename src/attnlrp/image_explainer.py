@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from attnlrp.errors import InputError, ModelError, NumericalError
 from attnlrp.explanation import Candidate, ExplainedTarget
 from attnlrp.image_explanation import ImageExplanation
 from attnlrp.images import Picture, read_image
+from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
 from attnlrp.rules import PRESETS, VIT, Rules
-from attnlrp.targets import OTHERS, Scalar, class_index
+from attnlrp.targets import OTHERS, Head, Neuron, Scalar, class_index
+from attnlrp.units import Site, Unit, find_sites
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,6 +73,7 @@ class ImageExplainer:
         preset = next((name for name, table in PRESETS.items() if table is rules), "custom")
         self.rules_name = rules_name or preset
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._sites: tuple[Site, ...] | None = None
         self._accepted = set(inspect.signature(models.unwrapped(model).forward).parameters)
 
     @classmethod
@@ -94,6 +98,9 @@ class ImageExplainer:
         top: int | None = None,
         against: str | int | None = None,
         texts: Sequence[str] | None = None,
+        latent: str | Sequence[str] = (),
+        latent_top: int | None = 32,
+        through: Unit | Sequence[Unit] = (),
     ) -> ImageExplanation:
         """Explain one image.
 
@@ -104,30 +111,31 @@ class ImageExplainer:
             against: a class to compare with (the difference of logits is explained), or `attnlrp.OTHERS`.
             texts: for a model that compares an image with texts: what the image may show. Explained is the logit of a
                 text, its scaled similarity.
+            latent: record relevance inside the model, as `ImageExplanation.latent`: any of "neurons", "heads",
+                "residual" and "attention", see `Explainer`. Positions are the model's own: those of tokens in front,
+                such as the class token, then those of patches.
+            latent_top: neurons that are kept of each layer; None for all.
+            through: units that relevance must go through to reach the pixels; of several layers, through each of them.
 
         Raises:
             InputError: not an image, or options that exclude each other.
+            ModelError: units are asked for of a model that has none, such as a convolutional network, or attention
+                weights of one that computes them in windows.
             TargetError: a class that the model does not have.
             NumericalError: NaN or infinite logits or relevance.
         """
         picture, notes = read_image(image)
+        wanted = _wanted(latent, latent_top, through)
         with explaining():
             inputs = self._inputs(picture, texts)
+            inside = self._inside(inputs, wanted)
             pixels = inputs["pixel_values"].requires_grad_()
-            with propagate(self.model, self.rules):
+            with propagate(self.model, self.rules), inside or nullcontext():
                 output = self.model(**inputs)
                 scores = _Scores(self, output, texts)
                 scalars = self._scalars(scores, target, top, against)
                 values = [s.value(scores.of(s.id)) for s in scalars]
-            maps = []
-            for k, value in enumerate(values):
-                (gradient,) = torch.autograd.grad(value, pixels, retain_graph=k < len(values) - 1)
-                maps.append((widen(pixels) * widen(gradient)).detach().sum(dim=1)[0].cpu())
-        relevance = torch.stack(maps)
-        if not torch.isfinite(relevance).all():
-            raise NumericalError(
-                f"{self.name}: relevance overflows in {self.model.dtype}; use float32 or bfloat16 (--dtype)"
-            )
+            relevance = self._relevance(pixels, values, inside)
         return ImageExplanation(
             relevance=relevance,
             picture=self._as_read(picture),
@@ -139,6 +147,7 @@ class ImageExplainer:
             rules=self.rules_name,
             task=self.task,
             version=__version__,
+            latent=None if inside is None else inside.latent(0, len(values), ()),
         )
 
     def audit(self, image: Picture, *, target: str | int | None = None, texts: Sequence[str] | None = None) -> Ledger:
@@ -152,6 +161,29 @@ class ImageExplainer:
         picture, _ = read_image(image)
         with explaining():
             return audit(self.model, self._inputs(picture, texts), target=explained, rules=self.rules)
+
+    def _inside(self, inputs: dict[str, Any], wanted: Wanted) -> Inside | None:
+        if not wanted:
+            return None
+        if self._sites is None:
+            self._sites = find_sites(self.model, inputs)
+        return Inside(self.model, self._sites, wanted, [], batch=1)
+
+    def _relevance(self, pixels: Tensor, values: list[Tensor], inside: Inside | None) -> Tensor:
+        """Relevance of each pixel (target, height, width)."""
+        maps = []
+        for k, value in enumerate(values):
+            if inside is None:
+                (gradient,) = torch.autograd.grad(value, pixels, retain_graph=k < len(values) - 1)
+            else:
+                (gradient,) = inside.gradients(value, [pixels], k)
+            maps.append((widen(pixels) * widen(gradient)).detach().sum(dim=1)[0].cpu())
+        relevance = torch.stack(maps)
+        if not torch.isfinite(relevance).all():
+            raise NumericalError(
+                f"{self.name}: relevance overflows in {self.model.dtype}; use float32 or bfloat16 (--dtype)"
+            )
+        return relevance
 
     # --- from an image to inputs ------------------------------------------------------------------------------------
 
@@ -261,6 +293,12 @@ class _Scores:
             against=self.labels[against] if isinstance(against, int) else against,
             candidates=tuple(Candidate(self.labels[i], i, v) for v, i in zip(*(t.tolist() for t in best), strict=True)),
         )
+
+
+def _wanted(latent: str | Sequence[str], top: int | None, through: Unit | Sequence[Unit]) -> Wanted:
+    kinds = (latent,) if isinstance(latent, str) else tuple(latent)
+    units = (through,) if isinstance(through, (str, Neuron, Head)) else tuple(through)
+    return Wanted(kinds, top, units)
 
 
 def patch_of(model: Any) -> int:

@@ -7,9 +7,10 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from attnlrp.errors import InputError
 from attnlrp.explanation import Candidate, ExplainedTarget
+from attnlrp.latent import Latent, UnitRelevance
 
 __all__ = ["ImageExplanation"]
 
 FORMAT = 1
+_IN_FRONT = 8  # tokens in front of the patches, at most: class, distillation, registers
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class ImageExplanation:
         rules: name of the rules.
         task: such as "image-classification".
         version: version of attnlrp that made it.
+        latent: relevance inside the model, if it was asked for. Where `LatentLayer` says token it is a position of the
+            model: first tokens in front such as the class token, then patches line by line (`offset` 0), see
+            `of_patches`; windows one after the other where attention is computed in windows (`offset` None).
     """
 
     relevance: Float[Tensor, "target height width"]
@@ -51,6 +57,7 @@ class ImageExplanation:
     rules: str
     task: str
     version: str
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         if len(self.relevance) != len(self.targets) or self.relevance.shape[1:] != self.picture.shape[:2]:
@@ -87,12 +94,58 @@ class ImageExplanation:
         """Relevance that reached the image, per target."""
         return tuple(self.relevance.double().sum(dim=(1, 2)).tolist())
 
-    def top(self, count: int = 10, *, target: int = 0) -> list[tuple[int, int, float]]:
-        """The most relevant patches by magnitude: (row, column, relevance), largest first."""
+    @overload
+    def top(self, kind: int = 10, *, target: int = 0) -> list[tuple[int, int, float]]: ...
+    @overload
+    def top(self, kind: str, count: int = 10, *, target: int = 0) -> list[UnitRelevance]: ...
+    def top(
+        self, kind: int | str = 10, count: int = 10, *, target: int = 0
+    ) -> list[tuple[int, int, float]] | list[UnitRelevance]:
+        """The most relevant by magnitude, largest first: patches as (row, column, relevance), or units.
+
+        Args:
+            kind: number of patches; or "neurons", "heads" and so on, see `Latent.top`; `token` is then a position.
+            count: number of units.
+            target: which of the targets.
+
+        Raises:
+            InputError: the units were not recorded.
+        """
+        if isinstance(kind, str):
+            if self.latent is None:
+                raise InputError(f"explanation.top: no {kind} were recorded; explain with latent=({kind!r},)")
+            return self.latent.top(kind, count, target=target)
         patches = self.patches[target]
-        order = patches.abs().flatten().argsort(descending=True)[:count].tolist()
+        order = patches.abs().flatten().argsort(descending=True)[:kind].tolist()
         width = patches.shape[1]
         return [(i // width, i % width, patches[i // width, i % width].item()) for i in order]
+
+    def in_front(self, positions: int, offset: int | None) -> int | None:
+        """Tokens in front of the patches, such as the class token, in a layer of this many positions.
+
+        Args:
+            positions: of the layer.
+            offset: of the layer.
+
+        Returns:
+            None where its positions are not the patches, as where patches have been merged.
+        """
+        rows, columns = self.patches.shape[1:]
+        front = positions - rows * columns
+        return front if offset is not None and self.patch > 1 and 0 <= front <= _IN_FRONT else None
+
+    def of_patches(self, values: Float[Tensor, " position"], offset: int | None) -> Float[Tensor, "row column"] | None:
+        """Values at the positions of a layer, such as relevance of a unit, by patch; what is in front is left out.
+
+        Args:
+            values: at each position.
+            offset: of the layer.
+
+        Returns:
+            None where its positions are not the patches.
+        """
+        front = self.in_front(len(values), offset)
+        return None if front is None else values[front:].reshape(self.patches.shape[1:])
 
     def smoothed(self, deviation: float) -> ImageExplanation:
         """Relevance after a Gaussian filter, for a calmer picture; its sum stays, and the notes say it.
@@ -118,6 +171,7 @@ class ImageExplanation:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields |= {"relevance": self.relevance.tolist(), "targets": [dataclasses.asdict(t) for t in self.targets]}
         fields |= {"picture": base64.b64encode(_png(self.picture)).decode(), "sum": list(self.sum)}
+        fields |= {"latent": self.latent and self.latent.to_dict()}
         return {"attnlrp": "image", "format": FORMAT} | fields | {"dtype": str(self.relevance.dtype)[len("torch.") :]}
 
     @classmethod
@@ -125,19 +179,26 @@ class ImageExplanation:
         """The inverse of `to_dict`."""
         if (data.get("attnlrp"), data.get("format")) != ("image", FORMAT):
             raise InputError(f"explanation: format {data.get('format')!r} is not known, expected {FORMAT} of an image")
-        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name != "latent"}
         fields["targets"] = tuple(
             ExplainedTarget(**(t | {"candidates": tuple(Candidate(**c) for c in t["candidates"])}))
             for t in data["targets"]
         )
         fields |= {"size": tuple(data["size"]), "notes": tuple(data["notes"])}
         fields["picture"] = _pixels(base64.b64decode(data["picture"]))
+        dtype = getattr(torch, data["dtype"])
         if not isinstance(data["relevance"], Tensor):
-            fields["relevance"] = torch.tensor(data["relevance"], dtype=getattr(torch, data["dtype"]))
+            fields["relevance"] = torch.tensor(data["relevance"], dtype=dtype)
+        if data.get("latent") is not None:
+            fields["latent"] = Latent.from_dict(data["latent"], data.get("tensors", {}), dtype)
         return cls(**fields)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, labels: Mapping[str, str] | None = None) -> Path:
         """Write a file; its suffix chooses: .safetensors .json (both load again), .html .png .pdf .svg.
+
+        Args:
+            path: of the file.
+            labels: what units stand for, by address; a page shows it.
 
         Raises:
             InputError: another suffix.
@@ -148,12 +209,14 @@ class ImageExplanation:
         elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            metadata = self.to_dict() | {"relevance": None}
-            save_file({"relevance": self.relevance.contiguous()}, path, {"attnlrp": json.dumps(metadata)})
+            bare = dataclasses.replace(self, latent=None).to_dict()
+            metadata = bare | {"relevance": None, "latent": self.latent and self.latent.described()}
+            tensors = {"relevance": self.relevance.contiguous()} | (self.latent.tensors() if self.latent else {})
+            save_file(tensors, path, {"attnlrp": json.dumps(metadata)})
         else:
             from attnlrp.show import heat
 
-            heat.save(self, path)
+            heat.save(self, path, labels=labels)
         return path
 
     @classmethod
@@ -171,17 +234,18 @@ class ImageExplanation:
                 return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
             with safe_open(path, framework="pt") as file:
                 data = json.loads((file.metadata() or {})["attnlrp"])
-                return cls.from_dict(data | {"relevance": file.get_tensor("relevance")})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dict
+                return cls.from_dict(data | {"relevance": tensors["relevance"], "tensors": tensors})
         except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: not the explanation of an image ({error!r}); expected a file that ImageExplanation.save wrote"
             ) from error
 
-    def show(self) -> None:
-        """Print the heat map to the terminal (in a notebook, the object shows itself)."""
+    def show(self, *, labels: Mapping[str, str] | None = None) -> None:
+        """Print the heat map to the terminal (in a notebook, the object shows itself), and units with their labels."""
         from attnlrp.show import heat
 
-        heat.show(self)
+        heat.show(self, labels=labels)
 
     def _repr_html_(self) -> str:
         from attnlrp.show import heat

@@ -121,15 +121,24 @@ class Inside:
 
         From the target to the units of the last layer, then from these to the units of the layer before it, and so on:
         what goes past a layer, in the residual stream, is left out.
+
+        Raises:
+            InputError: the wanted units do not lead to the leaves.
         """
         if self._recorder is not None:
             self._recorder.begin(target)
         outputs: list[Tensor] = [total]
         weights: list[Tensor] | None = None
         for sites in reversed(self._layers()):
-            live = [(x, _mask(site, x, self._units[site])) for site in sites for x, _ in self._live[site]]
+            live = [
+                (x, _mask(site, x, self._units[site])) for site in sites for x, _ in self._live[site] if x.requires_grad
+            ]
             outputs, weights = self._step(outputs, weights, live)
-        return self._grad(outputs, leaves, weights)
+        found = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+        if self._units and all(gradient is None for gradient in found):
+            names = ", ".join(site.name for site in self._units)
+            raise InputError(f"through: {names} does not read the explained input, as the text half beside an image")
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
 
     def _step(
         self, outputs: list[Tensor], weights: list[Tensor] | None, live: list[tuple[Tensor, Tensor]]

@@ -63,6 +63,13 @@ class LatentLayer:
     offset: int | None = 0
     attention: Float[Tensor, "target head query key"] | None = None
 
+    def address(self, index: int) -> str:
+        """Address of one of its units; the last two of a dictionary are its error and its bias."""
+        if self.kind == "residual":
+            return self.name
+        beside = {self.units - 2: "error", self.units - 1: "bias"} if self.kind == "features" else {}
+        return f"{self.name}:{beside.get(index, index)}"
+
     def merged(self, spans: Sequence[tuple[int, int]]) -> LatentLayer:
         """The same with neighbouring tokens joined: relevance summed, the largest activation kept.
 
@@ -196,9 +203,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def _unit(layer: LatentLayer, target: int, k: int, total: float) -> UnitRelevance:
     at = int(layer.relevance[target, k].abs().argmax())
     index = int(layer.indices[target, k])
-    beside = {layer.units - 2: "error", layer.units - 1: "bias"} if layer.kind == "features" else {}
-    name = layer.name if layer.kind == "residual" else f"{layer.name}:{beside.get(index, index)}"
-    return UnitRelevance(name, total, at + (layer.offset or 0), layer.activation[target, k, at].item())
+    return UnitRelevance(layer.address(index), total, at + (layer.offset or 0), layer.activation[target, k, at].item())
 
 
 def _joined(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

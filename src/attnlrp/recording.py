@@ -117,7 +117,8 @@ class Recorder:
         Args:
             row: which text of the batch.
             targets: number of its targets.
-            lengths: number of its tokens, without padding; of an encoder-decoder, of both.
+            lengths: number of its tokens, without padding; of an encoder-decoder, of both; none for an image, whose
+                positions differ from layer to layer.
 
         Raises:
             ModelError: nothing was computed from the input at any unit.
@@ -194,9 +195,16 @@ class Recorder:
     def _by_unit(self, note: _Note, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         """Activation and relevance (batch, token, unit); of attention also relevance (batch, head, query, key)."""
         if note.kind == "attention":
+            if value.shape[:-3].numel() != self._batch:
+                raise ModelError(
+                    f"latent: the weights of {note.name} are computed in windows, shape {tuple(value.shape)}, "
+                    'expected one map for each head; ask for "heads" instead'
+                )
             value, grad = (x.reshape(self._batch, note.units, *x.shape[-2:]) for x in (value, grad))
             relevance = value * grad
             return value.amax(dim=-1).transpose(1, 2), relevance.sum(dim=-1).transpose(1, 2), relevance
+        if note.kind == "residual" and value.dim() > 3:  # channels may lie on any axis: all is one position
+            value, grad = (x.reshape(self._batch, 1, -1) for x in (value, grad))
         if note.decompose is not None:
             activation, relevance = note.decompose(value, grad)
         else:
@@ -222,7 +230,8 @@ class Recorder:
         at = row if total.shape[1] > row else 0
         width = total.shape[-1]
         decoder = len(lengths) > 1 and is_in_decoder(note.name)
-        length, offset = (lengths[-1], lengths[0]) if decoder else (lengths[0], 0)
+        length, offset = (lengths[-1], lengths[0]) if decoder else ((*lengths, width)[0], 0)
+        ordered = width == length if lengths else note.value.dim() < 3 or len(note.value) == 1  # else in windows
         return LatentLayer(
             name=note.name,
             kind=note.kind,
@@ -231,7 +240,7 @@ class Recorder:
             indices=indices[:, at],
             relevance=relevance[:, at, :, :length],
             activation=activation[:, at, :, :length],
-            offset=offset if width >= length and (self._batch > 1 or width == length) else None,
+            offset=offset if width >= length and (self._batch > 1 or ordered) else None,
             attention=maps[0][:, at, :, :length] if maps else None,
         )
 

@@ -112,21 +112,23 @@ def resolve(sites: Sequence[Site], unit: Unit) -> tuple[Site, int]:
     Raises:
         InputError: no such unit, or several layers of that number.
     """
+    having = ""
     if isinstance(unit, str):
         name, _, index = unit.rpartition(":")
         found = [site for site in sites if site.name == name]
         number = int(index) if index.isdecimal() else -1
     else:
         kind = "neurons" if isinstance(unit, Neuron) else "heads"
-        found = [site for site in sites if unit.layer in (site.layer, site.name) and site.kind == kind]
-        name, number = f"{kind} of layer {unit.layer}", unit.index
+        sites = [site for site in sites if site.kind == kind]
+        found = [site for site in sites if unit.layer in (site.layer, site.name)]
+        name, number, having = str(unit.layer), unit.index, f" with {kind}"
     if len(found) == 1 and 0 <= number < found[0].units:
         return found[0], number
     if len(found) == 1:
         raise InputError(f"unit {unit!r}: {found[0].name} has {found[0].kind} 0 to {found[0].units - 1}")
     names = [site.name for site in found or sites]
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
-    called = f"{len(found)} layers are" if found else "no layer is"
+    called = f"{len(found)} layers{having} are" if found else f"no layer{having} is"
     expected = ", ".join(f"{n}:0" for n in near)
     raise InputError(f"unit {unit!r}: {called} called {name}; expected an address such as {expected}")
 

@@ -5,6 +5,7 @@ An image has one column in all of them: the sum over its patches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from attnlrp.errors import InputError
@@ -13,8 +14,13 @@ from attnlrp.explanation import Explanation
 __all__ = ["fragment", "save", "show"]
 
 
-def save(explanation: Explanation, path: str | Path) -> Path:
+def save(explanation: Explanation, path: str | Path, *, labels: Mapping[str, str] | None = None) -> Path:
     """Write a file; its suffix chooses: .html a page, .png .pdf .svg a figure, .json .safetensors the data.
+
+    Args:
+        explanation: with `latent`, its layers and units are drawn too.
+        path: of the file.
+        labels: what units stand for, by address, such as {"layers.17.mlp:3948": "cold"}; pictures show it.
 
     Raises:
         InputError: another suffix, or a figure without matplotlib.
@@ -24,11 +30,11 @@ def save(explanation: Explanation, path: str | Path) -> Path:
     if suffix == ".html":
         from attnlrp.show import html
 
-        path.write_text(html.page(explanation.merge_images()), encoding="utf-8")
+        path.write_text(html.page(explanation.merge_images(), labels), encoding="utf-8")
     elif suffix in (".png", ".pdf", ".svg"):
         from attnlrp.show import image
 
-        image.figure(explanation.merge_images()).savefig(path, dpi=200, bbox_inches="tight")
+        image.figure(explanation.merge_images(), labels).savefig(path, dpi=200, bbox_inches="tight")
     elif path.suffix in (".json", ".safetensors"):
         explanation.save(path)
     else:
@@ -39,13 +45,13 @@ def save(explanation: Explanation, path: str | Path) -> Path:
     return path
 
 
-def show(explanation: Explanation, *, top: int = 10) -> None:
-    """Print the heat map to the terminal, and a table of this many most relevant tokens."""
+def show(explanation: Explanation, *, top: int = 10, labels: Mapping[str, str] | None = None) -> None:
+    """Print the heat map to the terminal, and tables of this many most relevant tokens and units, with their labels."""
     from rich.console import Console
 
     from attnlrp.show import terminal
 
-    Console(highlight=False).print(terminal.render(explanation.merge_images(), top=top))
+    Console(highlight=False).print(terminal.render(explanation.merge_images(), top=top, labels=labels))
 
 
 def fragment(explanation: Explanation) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,8 @@ from markupsafe import Markup
 from attnlrp.errors import InputError
 from attnlrp.explanation import ExplainedTarget
 from attnlrp.image_explanation import ImageExplanation
-from attnlrp.show import colours, text
+from attnlrp.latent import Latent, LatentLayer
+from attnlrp.show import colours, text, units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +36,7 @@ _OPAQUE = 0.85  # of the strongest patch over the picture
 _PANEL, _GAP, _LEFT, _TITLE, _HEAD, _FOOT = 2.6, 0.15, 0.25, 0.6, 0.35, 0.3  # inch
 _WIDEST = 32  # patches side by side in a terminal
 _TOP = 10
+_FRONT = "Tokens are in front of the patches, such as the class token; what is not on patches lies there."
 
 
 class Panels(NamedTuple):
@@ -52,6 +55,16 @@ class Panels(NamedTuple):
     patch_end: float
 
 
+class _Layer(NamedTuple):
+    """What a layer gives on: its address, relevance, the part of it on patches, where it is the strongest; by patch."""
+
+    name: str
+    relevance: str
+    on_patches: str
+    place: str
+    patches: torch.Tensor | None
+
+
 def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
     """The pictures of one target."""
     relevance, patches = explanation.relevance[target].float(), explanation.patches[target].float()
@@ -66,8 +79,13 @@ def panels(explanation: ImageExplanation, target: int = 0) -> Panels:
     return Panels(_coloured(relevance, pixel_end), overlay.round().astype(np.uint8), pixel_end, patch_end)
 
 
-def save(explanation: ImageExplanation, path: str | Path) -> Path:
+def save(explanation: ImageExplanation, path: str | Path, *, labels: Mapping[str, str] | None = None) -> Path:
     """Write a file; its suffix chooses: .html a page, .png .pdf .svg a figure.
+
+    Args:
+        explanation: with `latent`, a page has tables of its units.
+        path: of the file.
+        labels: what units stand for, by address.
 
     Raises:
         InputError: another suffix, or a figure without matplotlib.
@@ -75,7 +93,7 @@ def save(explanation: ImageExplanation, path: str | Path) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".html":
-        path.write_text(page(explanation), encoding="utf-8")
+        path.write_text(page(explanation, labels), encoding="utf-8")
     elif suffix in (".png", ".pdf", ".svg"):
         figure(explanation).savefig(path, dpi=200)
     else:
@@ -138,11 +156,11 @@ def _captioned(explanation: ImageExplanation, target: int) -> list[tuple[np.ndar
     ]
 
 
-def page(explanation: ImageExplanation) -> str:
+def page(explanation: ImageExplanation, labels: Mapping[str, str] | None = None) -> str:
     """A whole document that works without a network."""
     from attnlrp.show import html
 
-    return html.environment().get_template("image_page.html").render(_context(explanation))
+    return html.environment().get_template("image_page.html").render(_context(explanation, labels))
 
 
 def fragment(explanation: ImageExplanation) -> str:
@@ -152,15 +170,21 @@ def fragment(explanation: ImageExplanation) -> str:
     return html.environment().get_template("image_fragment.html").render(_context(explanation))
 
 
-def show(explanation: ImageExplanation, *, top: int = _TOP) -> None:
-    """Print the heat map of the patches to the terminal, and a table of this many most relevant ones."""
+def show(explanation: ImageExplanation, *, top: int = _TOP, labels: Mapping[str, str] | None = None) -> None:
+    """Print the heat map of the patches to the terminal, and tables of this many most relevant patches and units."""
     from rich.console import Console
 
-    Console(highlight=False).print(render(explanation, top=top))
+    Console(highlight=False).print(render(explanation, top=top, labels=labels))
 
 
-def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None = None) -> Any:
-    """What `show` prints: for each target its name, its patches in colour, and the most relevant of them."""
+def render(
+    explanation: ImageExplanation,
+    *,
+    top: int = _TOP,
+    dark: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Any:
+    """What `show` prints: for each target its name, its patches in colour, the most relevant of them, and of units."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -181,9 +205,68 @@ def render(explanation: ImageExplanation, *, top: int = _TOP, dark: bool | None 
         found = explanation.top(top, target=k)
         for (row, column, _), number in zip(found, text.column([value for *_, value in found]), strict=True):
             table.add_row(str(row), str(column), number)
-        parts += [Text(), name, Text(f"other logits  {others}", style="dim"), Text(), _blocks(explanation, k, dark)]
+        parts += [
+            Text(),
+            name,
+            Text(f"other logits  {others}", style="dim"),
+            Text(),
+            _blocks(explanation.patches[k], dark),
+        ]
         parts += [Text(), table, Text(), Text(balance(explanation, k), style="dim")]
+        parts += _units(explanation, k, top, dark, labels)
     return Group(*parts)
+
+
+def _units(explanation: ImageExplanation, k: int, top: int, dark: bool, labels: Mapping[str, str] | None) -> list[Any]:
+    """Tables of layers and units, and the patches of the strongest ones."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from attnlrp.show import terminal_units
+
+    if explanation.latent is None:
+        return []
+    latent, names = units.named(explanation)
+    rows = _stream(explanation, latent, names, k)
+    table = Table("layer", "relevance", "on patches", "strongest at", box=None, header_style="dim", pad_edge=False)
+    for each in table.columns[1:3]:
+        each.justify = "right"
+    for row in rows:
+        table.add_row(*map(Text, (row.name, row.relevance, row.on_patches, row.place)))
+    parts: list[Any] = [Text(), Text("Layers"), table] if rows else []
+    latent = Latent(tuple(layer for layer in latent if layer.kind != "residual"))
+    target = (k, explanation.targets[k])
+    parts += terminal_units.parts(latent, target, names, top=top, dark=dark, labels=labels)
+    for kind in units.kinds(latent):
+        first = units.ranked(latent, kind, target, names, count=1)[0]
+        layer = latent.layers[first.layer]
+        shown, patches = _on_patches(explanation, layer.relevance[k, first.row], layer)
+        if patches is not None:
+            parts += [Text(), Text(f"patches of {first.unit}, {shown} in all", style="dim"), _blocks(patches, dark)]
+    return [*parts, Text(), Text(_FRONT, "dim")] if names[0] == "token 0" else parts
+
+
+def _stream(explanation: ImageExplanation, latent: Latent, names: list[str], k: int) -> list[_Layer]:
+    """What each layer gives on, the last one first, and what goes into the first."""
+    stream = [layer for layer in latent if layer.kind == "residual"]
+    kept = [layer for i, layer in enumerate(stream) if i == 0 or layer.name.endswith(":after")]
+    numbers = text.column([layer.total[k].double().sum().item() for layer in kept])
+    rows = []
+    for layer, number in zip(kept, numbers, strict=True):
+        shown, patches = _on_patches(explanation, layer.total[k], layer)
+        place = units.place(layer, int(layer.total[k].abs().argmax()), names)
+        rows.append(_Layer(layer.name.removesuffix(":after"), number, shown, place, patches))
+    return rows[::-1]
+
+
+def _on_patches(
+    explanation: ImageExplanation, values: torch.Tensor, layer: LatentLayer
+) -> tuple[str, torch.Tensor | None]:
+    """The sum of values over patches, without what is in front of them, and the values if any is not 0."""
+    patches = explanation.of_patches(values, layer.offset)
+    if patches is None:
+        return "–", None
+    return text.signed(patches.double().sum().item()), patches if patches.any() else None
 
 
 def heading(explanation: ImageExplanation) -> str:
@@ -209,12 +292,11 @@ def _read(explanation: ImageExplanation) -> str:
     return f"{width} × {height} pixels, read from an image of {explanation.size[0]} × {explanation.size[1]}"
 
 
-def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
+def _blocks(patches: torch.Tensor, dark: bool) -> Any:
     """Patches, or sums over squares of them, as coloured cells; strong ones also carry their sign."""
     from rich.style import Style
     from rich.text import Text
 
-    patches = explanation.patches[target]
     join = -(-patches.shape[1] // _WIDEST)
     pad = (0, -patches.shape[1] % join, 0, -patches.shape[0] % join)
     joined = torch.nn.functional.pad(patches, pad).unfold(0, join, join).unfold(1, join, join).sum(dim=(-2, -1))
@@ -229,7 +311,7 @@ def _blocks(explanation: ImageExplanation, target: int, dark: bool) -> Any:
     return out
 
 
-def _context(explanation: ImageExplanation) -> dict[str, Any]:
+def _context(explanation: ImageExplanation, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     from attnlrp.show import html
 
     ends = colours.scale(-1.0), colours.scale(0.0), colours.scale(1.0)
@@ -246,6 +328,8 @@ def _context(explanation: ImageExplanation) -> dict[str, Any]:
                 "pictures": [(_uri(pixels), caption) for pixels, caption in _captioned(explanation, k)],
                 "top": [(row, column, number) for (row, column, _), number in zip(found, numbers, strict=True)],
                 "balance": balance(explanation, k),
+                "units": _sections(explanation, k, labels),
+                "front": _FRONT if units.named(explanation)[1][0] == "token 0" else "",
             }
         )
     return {
@@ -256,6 +340,41 @@ def _context(explanation: ImageExplanation) -> dict[str, Any]:
         "style": Markup(style),
         "style_hash": html.digest(style),
     }
+
+
+def _sections(explanation: ImageExplanation, k: int, labels: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """Tables of the layers, and of the strongest units of each kind; with patches, where positions are patches."""
+    if explanation.latent is None:
+        return []
+    latent, names = units.named(explanation)
+    target = (k, explanation.targets[k])
+    sections: list[dict[str, Any]] = []
+    layers = [
+        (x.name, "", (x.relevance, x.on_patches, x.place), _drawn(x.patches))
+        for x in _stream(explanation, latent, names, k)
+    ]
+    if layers:
+        columns = ["Layer", "Relevance", "On patches", "Strongest at"]
+        sections.append({"title": "Layers: the residual stream", "columns": columns, "rows": layers})
+    for kind in units.kinds(latent):
+        rows = []
+        for row in units.ranked(latent, kind, target, names, count=_TOP, labels=labels):
+            layer = latent.layers[row.layer]
+            shown, patches = _on_patches(explanation, layer.relevance[k, row.row], layer)
+            cells = row.relevance, row.share, shown, row.token, row.activation
+            rows.append((row.unit, row.label, cells, _drawn(patches)))
+        columns = ["Unit", "Relevance", "Share of the target", "On patches", "Strongest at", "Activation"]
+        title = f"{units.TITLES[kind]}: the most relevant of all layers"
+        sections.append({"title": title, "columns": columns, "rows": rows})
+    return sections
+
+
+def _drawn(patches: torch.Tensor | None) -> str | None:
+    return None if patches is None else _uri(_coloured(patches.float(), _largest(patches)))
+
+
+def _largest(values: torch.Tensor) -> float:
+    return colours.limit(values.flatten().tolist())
 
 
 def _uri(pixels: np.ndarray) -> str:

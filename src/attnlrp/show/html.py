@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import uuid
+from collections.abc import Mapping
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from attnlrp.explanation import Explanation
-from attnlrp.show import colours, text
+from attnlrp.show import colours, page_units, text
 
 __all__ = ["digest", "environment", "fragment", "page"]
 
@@ -27,9 +28,14 @@ _LEVELS = 20  # steps of the colour scale on each side of zero
 _TOP = 10
 
 
-def page(explanation: Explanation) -> str:
-    """A whole document that follows the reader's light or dark preference and works without a network."""
-    return environment().get_template("page.html").render(_context(explanation, "attnlrp"))
+def page(explanation: Explanation, labels: Mapping[str, str] | None = None) -> str:
+    """A whole document that follows the reader's light or dark preference and works without a network.
+
+    Args:
+        explanation: with `latent`, its layers and units have sections, drawn when they are opened.
+        labels: what units stand for, by address.
+    """
+    return environment().get_template("page.html").render(_context(explanation, "attnlrp", labels))
 
 
 def fragment(explanation: Explanation) -> str:
@@ -44,9 +50,10 @@ def environment() -> Environment:
     return Environment(autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _context(explanation: Explanation, identifier: str) -> dict[str, Any]:
-    style = environment().get_template("style.css").render(id=identifier, **_theme())
-    script = environment().get_template("script.js").render(id=identifier)
+def _context(explanation: Explanation, identifier: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    inside = page_units.context(explanation, labels)
+    style = environment().get_template("style.css").render(id=identifier, inside=bool(inside), **_theme())
+    script = environment().get_template("script.js").render(id=identifier, inside=bool(inside))
     rows = explanation.relevance.tolist()
     values = [[text.signed(value) for value in row] for row in rows]
     levels = [[round(value * _LEVELS) for value in colours.normalise(row)] for row in rows]
@@ -59,6 +66,7 @@ def _context(explanation: Explanation, identifier: str) -> dict[str, Any]:
         "heading": text.heading(explanation),
         "targets": [_target(explanation, k) for k in range(len(rows))],
         "segments": _segments(explanation, values[0], levels[0]),
+        "inside": inside,
         "data": {
             "values": [" ".join(row) for row in values],
             "levels": [" ".join(map(str, row)) for row in levels],

@@ -6,7 +6,7 @@ A character for which no installed font has a glyph is drawn as a white square; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-__all__ = ["MUTED", "drawable", "empty", "figure", "font"]
+__all__ = ["MUTED", "drawable", "empty", "figure", "font", "scale"]
 
 _COLUMNS = 80  # cells of a line of text
 _CELL = 0.1  # inch, width of one cell
@@ -59,15 +59,18 @@ _FONTS = (
 )
 
 
-def figure(explanation: Explanation) -> Figure:
-    """Draw one target as text, several as a matrix of output x input.
+def figure(explanation: Explanation, labels: Mapping[str, str] | None = None) -> Figure:
+    """Draw one target as text, with layers and units below it; several as a matrix of output x input.
 
     Raises:
         InputError: matplotlib is not installed, or the text is too long for a figure.
     """
     drawing = empty()
     if len(explanation.targets) == 1:
+        from attnlrp.show import image_units
+
         _text(drawing, explanation)
+        image_units.attach(drawing, explanation, labels)
     else:
         _matrix(drawing, explanation)
     return drawing
@@ -153,7 +156,7 @@ def _matrix(drawing: Figure, explanation: Explanation) -> None:
         below=_widest(inputs) if labelled else 0.2,
     )
     shades = torch.tensor(colours.normalise(values)).reshape(rows, columns)
-    axes.imshow(shades.numpy(), cmap=_map(), vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    axes.imshow(shades.numpy(), cmap=scale(), vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(rows), outputs, **font(_SMALL))
     if labelled:
         axes.set_xticks(range(columns), inputs, rotation=90, **font(_SMALL))
@@ -199,7 +202,7 @@ def _colour_bar(drawing: Figure, end: float, unit: str) -> None:
     width, height = drawing.get_size_inches()
     space = drawing.add_axes((_MARGIN / width, 0.45 / height, 2.2 / width, 0.12 / height))
     ticks = {-1: text.signed(-end), 0: "0", 1: text.signed(end)} if end else {0: "0"}
-    bar = drawing.colorbar(ScalarMappable(Normalize(-1, 1), _map()), cax=space, orientation="horizontal")
+    bar = drawing.colorbar(ScalarMappable(Normalize(-1, 1), scale()), cax=space, orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.set_xticks(list(ticks), list(ticks.values()), **font(_SMALL))
     for tick, label in zip(ticks, bar.ax.get_xticklabels(), strict=True):
@@ -209,7 +212,8 @@ def _colour_bar(drawing: Figure, end: float, unit: str) -> None:
 
 
 @cache
-def _map() -> ListedColormap:
+def scale() -> ListedColormap:
+    """The one scale of colours."""
     from matplotlib.colors import ListedColormap
 
     return ListedColormap([colours.scale(i / 128) for i in range(-128, 129)], name="attnlrp")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnlrp.explanation import ExplainedTarget, Explanation
-from attnlrp.show import colours, text
+from attnlrp.show import colours, terminal_units, text
 
 __all__ = ["is_dark", "render"]
 
@@ -29,18 +29,25 @@ _KEPT = 15  # strongest tokens that such a line keeps
 _NUMBER = 7  # cells of one number in the matrix
 
 
-def render(explanation: Explanation, *, top: int = 10, dark: bool | None = None) -> RenderableType:
+def render(
+    explanation: Explanation, *, top: int = 10, dark: bool | None = None, labels: Mapping[str, str] | None = None
+) -> RenderableType:
     """What `Explanation.show` prints.
 
     Args:
         explanation: one or several targets.
-        top: rows of the table of the most relevant tokens.
+        top: rows of the table of the most relevant tokens, and of units.
         dark: whether the terminal is dark; None reads COLORFGBG and else takes it to be.
+        labels: what units stand for, by address.
     """
     dark = is_dark() if dark is None else dark
     head = Text(text.heading(explanation), style="dim")
     several = len(explanation.targets) != 1
     body = _lines(explanation, dark) if several else _single(explanation, top, dark)
+    if explanation.latent is not None and not several:
+        target = (0, explanation.targets[0])
+        inside, tokens = explanation.latent, explanation.tokens
+        body += terminal_units.parts(inside, target, tokens, top=top, dark=dark, labels=labels)
     return Group(head, Text(), *body)
 
 
@@ -60,6 +67,8 @@ def _lines(explanation: Explanation, dark: bool) -> list[RenderableType]:
         parts.append(_target(explanation, target))
         parts.append(_line(explanation, k, dark))
         parts.append(Text(" · ".join(f"{text.isolate(t.token)} {t.relevance}" for t in strongest), style="dim"))
+        if explanation.latent is not None:
+            parts.append(terminal_units.strongest(explanation.latent, (k, target), explanation.tokens))
         parts.append(Text())
     return [*parts, _Matrix(explanation, dark)]
 

@@ -44,4 +44,7 @@
     cells[to].tabIndex = 0;
     cells[to].focus();
   });
+{% if inside %}
+{% include "inside.js" %}
+{% endif %}
 })();
