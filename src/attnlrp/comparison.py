@@ -85,7 +85,7 @@ def compare(
         InputError: a unit, change or option that the model does not have.
 
     Example:
-        >>> compare(explainer, "The ice bear lives in the", {"layers.17.mlp:3948": 0.0}).after
+        >>> compare(explainer, "The ice bear lives in the", {"layers.16.mlp:394": 0.0}).after
     """
     if explainer.task not in _TASKS:
         raise InputError(

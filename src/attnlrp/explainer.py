@@ -175,7 +175,7 @@ class Explainer:
                 (the stream before, between and after the parts of each layer), "attention" (the weights), and the
                 features of a `SparseAutoencoder`.
             latent_top: neurons that are kept of each layer; None for all.
-            through: units, such as "layers.17.mlp:3948" or `Neuron(17, 3948)`, that relevance must go through to reach
+            through: units, such as "layers.16.mlp:394" or `Neuron(16, 394)`, that relevance must go through to reach
                 the input; of several layers, through each of them.
 
         Returns:

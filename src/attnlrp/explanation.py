@@ -226,7 +226,7 @@ class Explanation:
 
         Args:
             path: of the file.
-            labels: what units stand for, by address, such as {"layers.17.mlp:3948": "cold"}; pictures show it.
+            labels: what units stand for, by address, such as {"layers.16.mlp:394": "cold"}; pictures show it.
 
         Raises:
             InputError: another suffix.

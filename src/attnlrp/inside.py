@@ -107,7 +107,7 @@ class Inside:
         return is_in_decoder(resolve(self._sites, neuron)[0].name)
 
     def address(self, neuron: Neuron) -> str:
-        """Its address, such as "layers.17.mlp:3948"."""
+        """Its address, such as "layers.16.mlp:394"."""
         site, index = resolve(self._sites, neuron)
         return f"{site.name}:{index}"
 

@@ -124,7 +124,7 @@ def intervene(
         InputError: a unit that the model does not have, a change that it cannot take, or a position below 0.
 
     Example:
-        >>> with attnlrp.intervene(model, {attnlrp.Neuron(17, 3948): 0.0}):
+        >>> with attnlrp.intervene(model, {attnlrp.Neuron(16, 394): 0.0}):
         ...     model.generate(**inputs)
     """
     if positions is not None and any(p < 0 for p in positions):
@@ -154,7 +154,7 @@ def intervene(
 
 def _functions(changes: Mapping[Unit | Direction, Change]) -> dict[Unit | Direction, _Function]:
     if not changes:
-        raise InputError("changes: got none, expected units and what to do with them, such as {Neuron(17, 3948): 0.0}")
+        raise InputError("changes: got none, expected units and what to do with them, such as {Neuron(16, 394): 0.0}")
     functions: dict[Unit | Direction, _Function] = {}
     for unit, change in changes.items():
         function = Set(float(change)) if isinstance(change, (int, float)) else change

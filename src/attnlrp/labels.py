@@ -173,7 +173,7 @@ def label(
 
     Args:
         samples: which were collected of it.
-        unit: such as "layers.17.mlp:3948".
+        unit: such as "layers.16.mlp:394".
         lens: of the same model.
         by: which of its samples; default: the first that was collected.
         count: words and tokens of each kind.

@@ -23,7 +23,7 @@ class UnitRelevance:
     """One unit of an explanation.
 
     Args:
-        unit: its address, such as "layers.17.mlp:3948".
+        unit: its address, such as "layers.16.mlp:394".
         relevance: summed over the tokens.
         token: index, into `Explanation.tokens`, of the token at which its relevance is largest in magnitude; a position
             in the layer where its positions are not tokens.
@@ -41,7 +41,7 @@ class LatentLayer:
     """Relevance of the units of one layer. Unit: relevance.
 
     Args:
-        name: address of the layer, such as "layers.17.mlp"; "layers.17:before" in the residual stream,
+        name: address of the layer, such as "layers.16.mlp"; "layers.17:before" in the residual stream,
             "layers.17.self_attn.weights" of attention weights, "layers.17:after.features" of a dictionary.
         kind: "neurons", "heads", "residual", "attention" or "features".
         units: number of units in the layer; of a dictionary the last two are its error and its bias.

@@ -24,7 +24,8 @@ __all__ = ["Choice", "Estimate", "Plan", "Planner", "available_bytes"]
 Choice: TypeAlias = Literal["full", "checkpoint", "auto"]
 
 PROBES = (16, 32, 64)  # tokens: three points for a parabola, as written-out attention keeps squares
-SPARE = 0.9  # share of the memory that is free which an explanation may take
+SPARE = 0.9  # share of the memory that is free which the tensors of an explanation may take
+SPARE_CPU = 0.55  # where the system's allocator holds on to what was freed (docs/speed.md)
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 _TEXTS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "use_cache", "logits_to_keep"}
 _PASSED_ON = 1.5  # gradients and temporaries of a layer's backward pass, in sizes of what the layer keeps
@@ -72,7 +73,7 @@ class Planner:
     Args:
         model: the model.
         choice: "full", "checkpoint", or "auto": whatever is fastest and fits.
-        limit: bytes that an explanation may take beyond the model; None for what is free, less a tenth.
+        limit: bytes that tensors may take beyond the model; None for most of what is free.
 
     Raises:
         InputError: another choice, or a limit that is not positive.
@@ -108,7 +109,8 @@ class Planner:
             return Plan(True, 1)
         if self._estimate is None:
             self._estimate = estimate(self.model, rules, inputs)
-        found, limit = self._estimate, self.limit or int(SPARE * available_bytes(ids.device))
+        spare = SPARE_CPU if ids.device.type == "cpu" else SPARE
+        found, limit = self._estimate, self.limit or int(spare * available_bytes(ids.device))
         ways = [Plan(False, several), Plan(False, 1)]
         ways += [] if found.checkpoint is None else [Plan(True, several), Plan(True, 1)]
         for way in ways:

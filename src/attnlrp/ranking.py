@@ -51,7 +51,7 @@ class ReferenceSample:
     """A text on which a unit is among its most active or most relevant.
 
     Args:
-        unit: its address, such as "layers.17.mlp:3948".
+        unit: its address, such as "layers.16.mlp:394".
         by: what it is ranked by, such as "activation".
         rank: 1 for the best.
         value: activation at the peak, or relevance of the text; relevance is in logits.

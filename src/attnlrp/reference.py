@@ -101,7 +101,7 @@ class ReferenceSamples:
         """The samples of a unit, best first.
 
         Args:
-            unit: such as "layers.17.mlp:3948", or `Neuron(17, 3948)`.
+            unit: such as "layers.16.mlp:394", or `Neuron(16, 394)`.
             by: "activation" or "relevance", with a minus for the lowest; default: the first that was collected.
 
         Raises:

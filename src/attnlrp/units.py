@@ -77,7 +77,7 @@ _MADE, _ROWS = "_attnlrp_made", "_attnlrp_rows"
 
 
 Unit: TypeAlias = "str | Neuron | Head"
-"""A unit by its address, such as "layers.17.mlp:3948"; `Neuron(17, 3948)` where a layer has one MLP."""
+"""A unit by its address, such as "layers.16.mlp:394"; `Neuron(16, 394)` where a layer has one MLP."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Site:
     """Where the units of one layer are: the input of a linear layer.
 
     Args:
-        name: stable address of the layer, such as "layers.17.mlp"; a unit of it is "layers.17.mlp:3948".
+        name: stable address of the layer, such as "layers.16.mlp"; a unit of it is "layers.16.mlp:394".
         kind: "neurons" of an MLP or of one expert, or "heads" of an attention.
         weight: name of the weight that reads them, as in `model.named_parameters()`.
         units: number of units.

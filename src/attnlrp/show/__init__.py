@@ -20,7 +20,7 @@ def save(explanation: Explanation, path: str | Path, *, labels: Mapping[str, str
     Args:
         explanation: with `latent`, its layers and units are drawn too.
         path: of the file.
-        labels: what units stand for, by address, such as {"layers.17.mlp:3948": "cold"}; pictures show it.
+        labels: what units stand for, by address, such as {"layers.16.mlp:394": "cold"}; pictures show it.
 
     Raises:
         InputError: another suffix, or a figure without matplotlib.
