@@ -25,7 +25,7 @@ from attnlrp import evaluation, models
 from attnlrp.backward import live, scale_gradient
 from attnlrp.methods import Propagated
 from attnlrp.rules import ATTNLRP, CP_LRP, Rules, constant
-from speed import machine, packaged_smollm2
+from shared import machine, packaged_smollm2
 
 LENGTH, STEPS, TUNE, KEPT, FEW, CHOSEN, REVIEWS = 48, 12, 100, 9, 40, 3, 200
 Target = Callable[[Any], Tensor]

@@ -38,7 +38,7 @@ from attnlrp import gradients, models
 from attnlrp.checkpoint import checkpointed, repeated_layers
 from attnlrp.inside import Inside, Wanted
 from attnlrp.units import find_sites
-from speed import load, machine, packaged_smollm2
+from shared import load, machine, packaged_smollm2
 
 ROUNDS = 5
 STEPS = 20

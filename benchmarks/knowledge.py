@@ -39,7 +39,7 @@ from knowledge_neurons import (
     spearman,
 )
 from knowledge_steering import steer
-from speed import machine, packaged_smollm2
+from shared import machine, packaged_smollm2
 
 HERE = Path(__file__).parent
 GRID = tuple(2**k for k in range(15))

@@ -24,7 +24,7 @@ import torch
 from attnlrp import ATTNLRP
 from attnlrp.explainer import Explainer
 from attnlrp.memory import Plan, estimate
-from speed import TEXT, machine, packaged_smollm2
+from shared import TEXT, machine, packaged_smollm2
 
 
 def largest() -> float:

@@ -27,7 +27,7 @@ import torch
 import attnlrp
 from attnlrp.evaluation.data import read
 from attnlrp.labels import Label, LogitLens, label, search
-from speed import machine, packaged_smollm2, peak_mebibytes
+from shared import machine, packaged_smollm2, peak_mebibytes
 
 WORDS = ("cold", "war", "football", "German", "music", "money")
 DRAWN = 12

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from attnlrp import propagate
 from attnlrp.checkpoint import checkpointed
-from speed import attn_lrp, inputs, load, machine, packaged_smollm2, peak_mebibytes
+from shared import attn_lrp, inputs, load, machine, packaged_smollm2, peak_mebibytes
 
 PRECISION_TOKENS = 128  # float16 is slow on a CPU
 

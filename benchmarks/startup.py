@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from speed import machine
+from shared import machine
 
 COMMAND = [sys.executable, "-c", "from attnlrp.cli import main; main()", "explain", "Paris is the capital of France."]
 

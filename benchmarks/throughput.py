@@ -23,7 +23,7 @@ import torch
 
 from attnlrp import explain_dataset
 from attnlrp.explainer import Explainer
-from speed import TEXT, machine, packaged_smollm2
+from shared import TEXT, machine, packaged_smollm2
 
 TARGETS = 16
 

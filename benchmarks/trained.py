@@ -29,7 +29,7 @@ from torch import Tensor
 import attnlrp
 from attnlrp.evaluation import Output, Perturbation, Sample, compare, curves, mean
 from attnlrp.rules import ATTNLRP, CP_LRP, GRADIENT, Layer, Rules, constant
-from speed import machine
+from shared import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import llama2c

@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import attnlrp
 from attnlrp.evaluation.cost import Method, peak_memory
 from attnlrp.methods import find_methods
-from speed import machine
+from shared import machine
 
 BASE: dict[str, int] = {}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

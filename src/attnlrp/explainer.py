@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, overload
 
@@ -28,6 +28,7 @@ from attnlrp.images import MergedInputs, Picture, read_images
 from attnlrp.inside import Inside, Wanted
 from attnlrp.ledger import Ledger, audit
 from attnlrp.memory import Choice, Plan, Planner
+from attnlrp.prefixes import Prefixes
 from attnlrp.readout import Outputs, Prediction, places_of
 from attnlrp.rules import ATTNLRP, PRESETS, Rules
 from attnlrp.targets import OTHERS, Continuation, Head, Neuron, Output, Scalar, Target
@@ -110,9 +111,10 @@ class Explainer:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
         self.tokenizer = tokenizer if processor is None else processor.tokenizer
+        self._prefixes = Prefixes(model, self.task)
         self._sites: tuple[Site, ...] | None = None
         self._accepted = set(inspect.signature(models.unwrapped(model).forward).parameters)
-        self._task = TASKS[self.task](model, self.tokenizer, processor, self._check_length)
+        self._task = TASKS[self.task](model, self.tokenizer, processor, self.name)
 
     @classmethod
     def from_pretrained(
@@ -283,13 +285,6 @@ class Explainer:
             tasks = [task for task, kind in TASKS.items() if name in kind.accepts]
             raise InputError(f"{name}: {self.name} is a model for {self.task}; this option is for {', '.join(tasks)}")
 
-    def _check_length(self, length: int) -> None:
-        config = self.model.config.get_text_config()
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-        limit = min([n for n in (*limits, self.tokenizer.model_max_length) if n], default=math.inf)
-        if length > limit:
-            raise InputError(f"text: {length} tokens are more than the context of {self.name}, {limit}; shorten it")
-
     def _can_share(self, requests: list[Request]) -> bool:
         """Whether one pass serves several texts; a decoder with a class head needs padding to find its token."""
         if any(r.extra for r in requests):
@@ -302,6 +297,10 @@ class Explainer:
     # --- from slots to explanations ---------------------------------------------------------------------------------
 
     def _explain(self, requests: list[Request], form: _Form) -> list[Explanation]:
+        explain = partial(self._explain_together, form=form)
+        return explain(requests) if form.wanted else self._prefixes.explained(requests, explain)
+
+    def _explain_together(self, requests: list[Request], form: _Form) -> list[Explanation]:
         inputs, kept = self._inputs(requests)
         neurons = [slot.target for r in requests for row in r.rows for slot in row if isinstance(slot.target, Neuron)]
         inside = self._inside(inputs, form.wanted, neurons, len(requests))
@@ -346,11 +345,11 @@ class Explainer:
         vocabulary the head is most of the cost.
         """
         pad = pad_of(self.model, self.tokenizer)
-        ids = [r.ids for r in requests]
+        ids = [r.ids[: r.read] for r in requests]
         inputs: dict[str, Any] = {"input_ids": self._padded(ids, pad)} | requests[0].extra
         if len({len(row) for row in ids}) > 1:
             inputs["attention_mask"] = self._padded([[1] * len(row) for row in ids], 0)
-        types = [r.types for r in requests if r.types is not None]
+        types = [r.types[: r.read] for r in requests if r.types is not None]
         if types and "token_type_ids" in self._accepted:
             inputs["token_type_ids"] = self._padded(types, 0)
         if requests[0].decoder:
@@ -418,11 +417,13 @@ class Explainer:
 
     def _read(self, k: int, request: Request, columns: list[Columns], relevance: list[Tensor]) -> _Read:
         """Tokens and relevance of one text of a batch, without its padding."""
-        lengths = [len(request.ids), len(request.decoder) or len(request.ids)][: len(columns)]
+        given = len(request.ids[: request.read])
+        lengths = [given, len(request.decoder) or given][: len(columns)]
         if any(r[:, k, n:].count_nonzero() for r, n in zip(relevance, lengths, strict=True)):
             raise ModelError(f"{self.name} lets padding take part in its decision: explain its texts one at a time")
         ids = request.ids + [i for c, n in zip(columns[1:], lengths[1:], strict=True) for i in c.ids[k, :n].tolist()]
         rows = [r[: len(request.rows), k, :n] for r, n in zip(relevance, lengths, strict=True)]
+        rows.insert(1, rows[0].new_zeros(len(request.rows), len(request.ids) - given))
         written = len(ids) - len(request.ids)
         segments = ("encoder",) * len(request.ids) if written else request.segments
         return _Read(ids, segments + ("decoder",) * written, torch.cat(rows, dim=-1))

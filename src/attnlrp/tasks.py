@@ -63,6 +63,7 @@ class Request:
         spans: characters of the context (start, end) of each of `ids`; None for a token outside of it.
         context: the text that the spans point into.
         extra: further inputs of the model, such as pixel values.
+        read: how many of `ids` the model is given; None for all.
     """
 
     ids: list[int]
@@ -73,6 +74,7 @@ class Request:
     spans: tuple[tuple[int, int] | None, ...] = ()
     context: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    read: int | None = None
 
 
 Outputs = Callable[[str, int | None], Tensor]
@@ -86,14 +88,14 @@ class Task:
         model: a model of `transformers`.
         tokenizer: its tokenizer.
         processor: what turns images into its inputs; None for models of text alone.
-        check_length: called with a number of tokens; raises if the model cannot read as many.
+        name: what errors call the model.
     """
 
     accepts: tuple[str, ...] = ()
     """Options that only some tasks have: position, generate, continuation, context, prefix, image, chat."""
 
-    def __init__(self, model: Any, tokenizer: Any, processor: Any, check_length: Callable[[int], None]) -> None:
-        self.model, self.tokenizer, self.processor, self.check_length = model, tokenizer, processor, check_length
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, name: str) -> None:
+        self.model, self.tokenizer, self.processor, self.model_name = model, tokenizer, processor, name
 
     def request(self, question: Question) -> Request:
         """Tokenise a text and lay out its rows."""
@@ -129,6 +131,16 @@ class Task:
             raise InputError(f"text: {text!r} has nothing to explain; give at least one token")
         self.check_length(len(ids) + room)
         return ids, encoded.get("token_type_ids")
+
+    def check_length(self, length: int) -> None:
+        """Raise an `InputError` if the model cannot read as many tokens."""
+        config = self.model.config.get_text_config()
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+        limit = min([n for n in (*limits, self.tokenizer.model_max_length) if n], default=math.inf)
+        if length > limit:
+            raise InputError(
+                f"text: {length} tokens are more than the context of {self.model_name}, {limit}; shorten it"
+            )
 
 
 class _Vocabulary(Task):
