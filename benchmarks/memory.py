@@ -1,10 +1,11 @@
 """Peak memory against its estimate before the run, and a long context, each in a process of its own.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py [--tokens 512 8192] [--out benchmarks/results/memory.json]
+    OMP_NUM_THREADS=2 python benchmarks/memory.py [--tokens 512 8192] [--out benchmarks/results/memory.json]
 
 SmolLM2-135M, fused attention, one text, the predicted token. Measured: by how much the largest resident memory of the
-process exceeds what is resident before the run, after a short text has been explained; with the system's allocator as
-it is, and with one that gives large blocks back at once (MALLOC_MMAP_THRESHOLD_=262144, as glibc reads it).
+process exceeds what is resident before the run, after a short text has been explained. Beside it, where everything is
+kept: with an allocator that gives large blocks back at once (MALLOC_MMAP_THRESHOLD_=262144, as glibc reads it); where
+layers are computed again: without giving freed memory back (`attnlrp.heap`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 
 import torch
 
-from attnlrp import ATTNLRP
+from attnlrp import ATTNLRP, heap
 from attnlrp.explainer import Explainer
 from attnlrp.memory import Plan, estimate
 from shared import TEXT, machine, packaged_smollm2
+
+KEEP = "KEEP_FREED_MEMORY"  # in the environment of a process that measures
 
 
 def largest() -> float:
@@ -38,6 +41,7 @@ def resident() -> float:
 
 
 def measure(tokens: int, memory: Any) -> dict[str, Any]:
+    heap.SLACK = 2**60 if KEEP in os.environ else heap.SLACK
     explainer = Explainer.from_pretrained(packaged_smollm2(), memory=memory)
     ids = explainer.tokenizer(TEXT * (tokens // 8)).input_ids[:tokens]
     text = explainer.tokenizer.decode(ids)
@@ -68,11 +72,11 @@ def main() -> None:
     rows = []
     for tokens in options.tokens:
         for memory in ("full", "checkpoint") if tokens <= 2048 else ("checkpoint",):
-            for threshold in ("", "262144"):
-                command = [sys.executable, __file__, "--one", str(tokens), memory]
-                own = os.environ | ({"MALLOC_MMAP_THRESHOLD_": threshold} if threshold else {})
-                printed = subprocess.run(command, check=True, capture_output=True, text=True, env=own).stdout
-                rows.append({"gives back": bool(threshold)} | json.loads(printed.splitlines()[-1]))
+            command = [sys.executable, __file__, "--one", str(tokens), memory]
+            other = {"MALLOC_MMAP_THRESHOLD_": "262144"} if memory == "full" else {KEEP: "1"}
+            for own in ({}, other):
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | own)
+                rows.append(json.loads(done.stdout.splitlines()[-1]) | {"environment": own})
                 print(rows[-1], flush=True)
             options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

@@ -56,6 +56,18 @@ def test_the_command_explains_what_the_library_does(
     )
 
 
+def test_what_is_inside_is_shown(run: Run, root: Path) -> None:
+    file = root / "photos" / "0.png"
+    asked = ["--latent", "neurons", "--latent", "residual"]
+    result = run("image", file, "--model", root / "ViT", *asked)
+    assert result.status == 0, result.err
+    ours = ImageExplainer.from_pretrained(root / "ViT")
+    unit = ours(file, latent=["neurons", "residual"]).top("neurons", 1)[0].unit
+    assert unit in result.out
+    result = run("image", file, "--model", root / "ViT", "--through", unit, "--json", "-")
+    expect(ImageExplanation.from_dict(json.loads(result.out)), ours(file, through=unit))
+
+
 @pytest.mark.parametrize("ending", ["png", "html", "json", "safetensors"])
 def test_files_and_what_a_person_sees(run: Run, root: Path, tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"heat.{ending}"

@@ -21,12 +21,14 @@ from attnlrp.cli_options import (
     File,
     Json,
     Keep,
+    Kind,
     Memory,
     Model,
     Preset,
     Rules,
     Target,
     Text,
+    Through,
     errors,
     load_explainer,
     number,
@@ -179,6 +181,11 @@ def image(
     rules: Annotated[
         Preset | None, typer.Option("--rules", help="Table of rules instead of gammas.", show_default=False)
     ] = None,
+    latent: Annotated[
+        list[Kind] | None,
+        typer.Option(help="Show relevance inside the model too; may be repeated.", show_default=False),
+    ] = None,
+    through: Through = None,
     smooth: Annotated[float, typer.Option(min=0, help="Standard deviation in pixels of a Gaussian filter.")] = 0.0,
     out: Annotated[
         Path | None, typer.Option(help="Write .png, .pdf, .svg, .html, .json or .safetensors.", show_default=False)
@@ -209,7 +216,15 @@ def image(
             explainer.rules, explainer.rules_name = search.rules, f"gamma ({search.best})"
         report("explaining")
         targets = [t for t in map(number, target or []) if t is not None]
-        explanation = explainer(photo, target=targets or None, top=top, against=number(against), texts=text)
+        explanation = explainer(
+            photo,
+            target=targets or None,
+            top=top,
+            against=number(against),
+            texts=text,
+            latent=[kind.value for kind in latent or ()],
+            through=through or (),
+        )
         explanation = explanation.smoothed(smooth)
         if out is not None:
             report(f"writing {out}")

@@ -21,8 +21,10 @@ from attnlrp.cli_options import (
     Dtype,
     File,
     Json,
+    Kind,
     Model,
     Target,
+    Through,
     dictionaries,
     errors,
     number,
@@ -59,15 +61,6 @@ SameModel = Annotated[
 ]
 Folder = Annotated[Path, typer.Option("--samples", help="Folder of attnlrp neurons collect.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Folder to keep them in.", show_default=False)]
-
-
-class Kind(str, enum.Enum):
-    """What is recorded inside of a model."""
-
-    neurons = "neurons"
-    heads = "heads"
-    residual = "residual"
-    attention = "attention"
 
 
 class Order(str, enum.Enum):
@@ -112,12 +105,7 @@ def explain(
         ),
     ] = None,
     sae: Dictionaries = None,
-    through: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Unit that relevance must go through, such as layers.16.mlp:394; may be repeated.", show_default=False
-        ),
-    ] = None,
+    through: Through = None,
     unit: Annotated[
         str | None,
         typer.Option(

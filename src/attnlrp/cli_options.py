@@ -27,12 +27,14 @@ __all__ = [
     "File",
     "Json",
     "Keep",
+    "Kind",
     "Memory",
     "Model",
     "Preset",
     "Rules",
     "Target",
     "Text",
+    "Through",
     "dictionaries",
     "errors",
     "load_explainer",
@@ -64,9 +66,24 @@ Dtype = Annotated[str | None, typer.Option(help="float32 (default), float64, bfl
 Target = Annotated[
     str | None, typer.Option(help="Token or class to explain; default: the prediction.", show_default=False)
 ]
+Through = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Unit that relevance must go through, such as layers.16.mlp:394; may be repeated.", show_default=False
+    ),
+]
 Json = Annotated[
     str | None, typer.Option("--json", help="Write JSON to a file; - is standard output.", show_default=False)
 ]
+
+
+class Kind(str, enum.Enum):
+    """What is recorded inside of a model."""
+
+    neurons = "neurons"
+    heads = "heads"
+    residual = "residual"
+    attention = "attention"
 
 
 class Preset(str, enum.Enum):

@@ -38,7 +38,7 @@ class Neuron:
     """A neuron of an MLP: an input of its last linear layer.
 
     Args:
-        layer: number of the layer, or its address, such as "layers.17.mlp" or "layers.3.mlp.experts.5".
+        layer: number of the layer, or its address, such as "layers.16.mlp" or "layers.3.mlp.experts.5".
         index: which of its neurons.
     """
 
@@ -51,7 +51,7 @@ class Head:
     """A head of an attention.
 
     Args:
-        layer: number of the layer, or its address, such as "layers.17.self_attn".
+        layer: number of the layer, or its address, such as "layers.16.self_attn".
         index: which of its heads.
     """
 
