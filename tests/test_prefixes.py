@@ -21,10 +21,15 @@ TEXT = "Paris is the capital of France. Berlin is the capital of Germany. Rome i
 LONG = TEXT + " " + TEXT
 STRETCHED = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 CONFIGS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM, {"state_size": 4}),
+    "mamba": (
+        transformers.MambaConfig,
+        transformers.MambaForCausalLM,
+        {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+    ),
     "bloom": (transformers.BloomConfig, transformers.BloomForCausalLM, {"n_head": 4, "hidden_size": 32, "n_layer": 2}),
     "decoder": (transformers.BertConfig, transformers.BertLMHeadModel, tiny.SHAPE | {"is_decoder": True}),
     "encoder": (transformers.BertConfig, transformers.BertLMHeadModel, tiny.SHAPE),
+    "chunks": (transformers.xLSTMConfig, transformers.xLSTMForCausalLM, tiny.SHAPE | {"num_heads": 4}),
     "stretched": (
         transformers.LlamaConfig,
         transformers.LlamaForCausalLM,
@@ -40,7 +45,7 @@ def explainer(name: str) -> Explainer:
         return Explainer(tiny.build(name, **own), tokenizer, name="tiny")
     config, model, settings = CONFIGS[name]
     torch.manual_seed(0)
-    made = model(config(**tiny.IDS | tiny.SHAPE | settings | own)).eval()
+    made = model(config(**tiny.IDS | settings | own)).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -112,12 +117,12 @@ def test_what_follows_an_early_target_is_not_read() -> None:
     with lengths(ours.model) as read:
         explanation = ours(LONG, position=3)
         ours(LONG, position=3)
-    assert read[1:] == [4, 4]  # after a look at whether the model is causal
+    assert read[2:] == [4, 4]  # after a look at whether the model is causal
     assert explanation.relevance.shape[-1] == len(explanation.tokens) > 50
     assert not explanation.relevance[:, 4:].any()
 
 
-@pytest.mark.parametrize("name", ["encoder", "stretched"])
+@pytest.mark.parametrize("name", ["encoder", "chunks", "stretched"])
 def test_a_model_whose_text_cannot_be_cut_reads_it_all(name: str) -> None:
     ours = explainer(name)
     with lengths(ours.model) as read:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import attnlrp
@@ -279,3 +280,22 @@ def test_a_chat_template_is_put_around_the_text() -> None:
     conversation = explain(ours, turns, generate=2)
     assert "".join(conversation.tokens).startswith("<user> Paris <bot> is <user> the <bot>")
     assert len(conversation.targets) == 2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        (transformers.RwkvConfig, transformers.RwkvForCausalLM, {"hidden_size": 32, "num_hidden_layers": 2}),
+        (
+            transformers.XLNetConfig,
+            transformers.XLNetLMHeadModel,
+            {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        ),
+    ],
+    ids=["no padding token", "no limit of length"],
+)
+def test_configurations_that_lack_what_most_have(model: tuple[type, type, dict[str, Any]]) -> None:
+    config, kind, settings = model
+    _, tokenizer = build_language_model("llama")
+    explanation = Explainer(kind(config(vocab_size=len(tokenizer), **settings)).eval(), tokenizer)(TEXT)
+    assert explanation.relevance.abs().sum() > 0

@@ -32,10 +32,11 @@ class Prefixes:
     """
 
     def __init__(self, model: Any, task: str) -> None:
-        rotary = str([getattr(model.config.get_text_config(), n, None) for n in ("rope_parameters", "rope_scaling")])
-        depends_on_length = "longrope" in rotary or "dynamic" in rotary
-        # a graph is compiled for a length
-        self._can = task == "causal-lm" and not is_compiled(model) and not depends_on_length
+        config = model.config.get_text_config()
+        rotary = str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
+        # positions, or where a recurrence is cut into parts, that follow from the length of the text
+        of_length = "longrope" in rotary or "dynamic" in rotary or hasattr(config, "chunk_size")
+        self.model, self._can = model, task == "causal-lm" and not of_length
         self._is_causal: bool | None = None
 
     def explained(self, requests: list[Request], explain: Explain) -> list[Explanation]:
@@ -50,11 +51,11 @@ class Prefixes:
         (request,), probe = requests, _probe(requests[0])
         found = groups(map(_end, request.rows))
         parts = [_part(request, group) for group in found]
-        if sum(map(_cost, parts)) + _cost(probe) >= _cost(request):
+        if sum(map(_cost, [*parts, probe, _part(probe, [0])])) >= _cost(request):
             return explain(requests)
-        if self._is_causal is None:  # in a bidirectional model, what comes later gets some relevance
-            relevance = explain([probe])[0].relevance
-            self._is_causal = not relevance[:, _end(probe.rows[0]) :].any()
+        if self._is_causal is None:
+            whole, cut = explain([probe])[0], explain([_part(probe, [0])])[0]
+            self._is_causal = _is_same(whole, cut, _end(probe.rows[0]))
         if not self._is_causal:
             return explain(requests)
         return [_joined([explain([part])[0] for part in parts], found)]
@@ -62,7 +63,8 @@ class Prefixes:
     def _can_cut(self, request: Request) -> bool:
         """Changes to a model may concern later tokens; a neuron may be sought in the whole text."""
         neurons = any(isinstance(slot.target, Neuron) for row in request.rows for slot in row)
-        return self._can and not request.extra and not neurons and not open_changes()
+        compiled = is_compiled(self.model)  # for a length
+        return self._can and not (compiled or request.extra or neurons or open_changes())
 
 
 def groups(ends: Iterable[int]) -> list[list[int]]:
@@ -111,6 +113,13 @@ def _probe(request: Request) -> Request:
     """The prediction in the middle of the first tokens."""
     ids = request.ids[:_PROBE]
     return Request(ids, [[Slot(len(ids) // 2, None)]], ("prompt",) * len(ids))
+
+
+def _is_same(whole: Explanation, cut: Explanation, end: int) -> bool:
+    """Whether what comes later gets no relevance at all, and what comes before gets the same without it."""
+    a, b = whole.relevance, cut.relevance
+    near = torch.finfo(a.dtype).eps ** 0.5 * a.abs().max().item()
+    return not a[:, end:].any() and torch.allclose(a, b, rtol=0.0, atol=near)
 
 
 def _joined(parts: Sequence[Explanation], found: Sequence[Sequence[int]]) -> Explanation:

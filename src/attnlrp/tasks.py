@@ -136,7 +136,7 @@ class Task:
         """Raise an `InputError` if the model cannot read as many tokens."""
         config = self.model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-        limit = min([n for n in (*limits, self.tokenizer.model_max_length) if n], default=math.inf)
+        limit = min([n for n in (*limits, self.tokenizer.model_max_length) if n and n > 0], default=math.inf)
         if length > limit:
             raise InputError(
                 f"text: {length} tokens are more than the context of {self.model_name}, {limit}; shorten it"
@@ -448,7 +448,7 @@ def lengthened(extra: dict[str, Tensor], prompt: list[int], more: list[int]) -> 
 
 def pad_of(model: Any, tokenizer: Any) -> int:
     """The token that fills up shorter texts."""
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     return int(next((i for i in (pad, tokenizer.pad_token_id) if i is not None), 0))
 
 
