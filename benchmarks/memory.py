@@ -3,9 +3,8 @@
     OMP_NUM_THREADS=2 python benchmarks/memory.py [--tokens 512 8192] [--out benchmarks/results/memory.json]
 
 SmolLM2-135M, fused attention, one text, the predicted token. Measured: by how much the largest resident memory of the
-process exceeds what is resident before the run, after a short text has been explained. Beside it, where everything is
-kept: with an allocator that gives large blocks back at once (MALLOC_MMAP_THRESHOLD_=262144, as glibc reads it); where
-layers are computed again: without giving freed memory back (`attnlrp.heap`).
+process exceeds what is resident before the run, after a short text has been explained; the same without giving freed
+memory back (`attnlrp.heap`), and of input x gradient.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ import torch
 from attnlrp import ATTNLRP, heap
 from attnlrp.explainer import Explainer
 from attnlrp.memory import Plan, estimate
-from shared import TEXT, machine, packaged_smollm2
+from shared import input_x_gradient, inputs, machine, packaged_smollm2
 
+GRADIENT = "input x gradient"
 KEEP = "KEEP_FREED_MEMORY"  # in the environment of a process that measures
 
 
@@ -40,22 +40,30 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def measure(tokens: int, memory: Any) -> dict[str, Any]:
-    heap.SLACK = 2**60 if KEEP in os.environ else heap.SLACK
-    explainer = Explainer.from_pretrained(packaged_smollm2(), memory=memory)
-    ids = explainer.tokenizer(TEXT * (tokens // 8)).input_ids[:tokens]
-    text = explainer.tokenizer.decode(ids)
-    found = estimate(explainer.model, ATTNLRP, {"input_ids": torch.tensor([ids])})
-    explainer(explainer.tokenizer.decode(ids[:64]))  # reads the weights
+def measure(tokens: int, way: str) -> dict[str, Any]:
+    if KEEP in os.environ:
+        heap.__dict__["_trim"] = lambda: None  # as on a system that cannot
+    choice: Any = way if way in ("full", "checkpoint") else "full"
+    explainer = Explainer.from_pretrained(packaged_smollm2(), memory=choice)
+    ids = inputs(explainer.tokenizer, tokens)
+    found = estimate(explainer.model, ATTNLRP, {"input_ids": ids})
+    estimated = found.peak(Plan(way == "checkpoint", 1), texts=1, tokens=tokens) / 2**20
+
+    def run(ids: torch.Tensor) -> None:
+        if way == GRADIENT:
+            input_x_gradient(explainer.model.requires_grad_(False), ids)
+        else:
+            explainer(explainer.tokenizer.decode(ids[0]))
+
+    run(ids[:, :64])  # reads the weights
     before, start = resident(), time.process_time()
-    explanation = explainer(text)
-    peak, estimated = largest(), found.peak(Plan(memory == "checkpoint", 1), texts=1, tokens=tokens) / 2**20
+    run(ids)
     return {
-        "tokens": explanation.relevance.shape[-1],
-        "memory": memory,
-        "estimated MiB": estimated,
-        "measured MiB": peak - before,
-        "whole process MiB": peak,
+        "tokens": tokens,
+        "way": way,
+        "estimated MiB": None if way == GRADIENT else estimated,
+        "measured MiB": largest() - before,
+        "whole process MiB": largest(),
         "CPU seconds": time.process_time() - start,
     }
 
@@ -71,12 +79,11 @@ def main() -> None:
         return
     rows = []
     for tokens in options.tokens:
-        for memory in ("full", "checkpoint") if tokens <= 2048 else ("checkpoint",):
-            command = [sys.executable, __file__, "--one", str(tokens), memory]
-            other = {"MALLOC_MMAP_THRESHOLD_": "262144"} if memory == "full" else {KEEP: "1"}
-            for own in ({}, other):
+        for way in (GRADIENT, "full", "checkpoint") if tokens <= 2048 else ("checkpoint",):
+            for own in [{}] if way == GRADIENT else [{}, {KEEP: "1"}]:
+                command = [sys.executable, __file__, "--one", str(tokens), way]
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | own)
-                rows.append(json.loads(done.stdout.splitlines()[-1]) | {"environment": own})
+                rows.append(json.loads(done.stdout.splitlines()[-1]) | {"gives back": not own})
                 print(rows[-1], flush=True)
             options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

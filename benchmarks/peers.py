@@ -28,16 +28,9 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor
 
-from shared import attn_lrp, inputs, load, machine, packaged_smollm2
+from shared import attn_lrp, input_x_gradient, inputs, load, machine, packaged_smollm2
 
 Method = Callable[[Any, Tensor], Tensor]
-
-
-def input_x_gradient(model: Any, ids: Tensor) -> Tensor:
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    logits = model(inputs_embeds=embeddings, logits_to_keep=1, use_cache=False).logits
-    (gradient,) = torch.autograd.grad(logits[0, -1].max(), embeddings)
-    return (embeddings.detach() * gradient).sum(-1)
 
 
 def lxt() -> Method:

@@ -46,6 +46,14 @@ def attn_lrp(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return (embeddings.detach() * grad).sum(-1)
 
 
+def input_x_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Input x gradient (1, token) of the same."""
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, logits_to_keep=1, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(logits[0, -1].max(), embeddings)
+    return (embeddings.detach() * gradient).sum(-1)
+
+
 def peak_mebibytes(model: Any, ids: torch.Tensor, method: Callable[[Any, torch.Tensor], Any]) -> float:
     """The most bytes that tensors occupy at once, beyond the model, as torch's allocator sees it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -10,7 +10,7 @@ import torch
 import tiny
 from attnlrp import heap, propagate
 from attnlrp.checkpoint import checkpointed
-from attnlrp.heap import SLACK
+from attnlrp.heap import LARGE, SLACK
 
 
 def test_memory_is_given_back_when_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_resident_memory_is_measured() -> None:
 
 def test_each_layer_gives_back_before_it_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("attnlrp.checkpoint.give_back", lambda: calls.append(1))
+    monkeypatch.setattr("attnlrp.checkpoint.give_back", lambda slack: calls.append(slack))
     model = tiny.build("llama", num_hidden_layers=4)
     with propagate(model) as propagation, checkpointed(model):
         total = model(input_ids=torch.arange(3, 20)[None], use_cache=False).logits.max()
@@ -53,3 +53,13 @@ def test_each_layer_gives_back_before_it_is_computed_again(monkeypatch: pytest.M
     ((_, embeddings),) = propagation.embeddings
     torch.autograd.grad(total, embeddings)
     assert len(calls) == 8
+
+
+def test_large_tensors_are_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("attnlrp.engine.give_back", lambda: calls.append(1))
+    linear = torch.nn.Linear(64, 64)
+    for rows, expected in ((16, 0), (LARGE // 4 // 64, 2)):
+        with propagate(linear):
+            linear(torch.ones(rows, 64, requires_grad=True)).relu()
+        assert len(calls) == expected

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from attnlrp.changes import changing, open_changes
 from attnlrp.errors import InputError, ModelError
 from attnlrp.forwards import StandIn
-from attnlrp.heap import give_back
+from attnlrp.heap import SLACK_OF_LAYERS, give_back
 
 __all__ = ["checkpointed", "follow_checkpoint", "repeated_layers"]
 
@@ -83,7 +83,7 @@ def _layer_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     first = [given]  # the first pass fills the real cache
 
     def forward(*tensors: Tensor) -> Any:
-        give_back()
+        give_back(SLACK_OF_LAYERS)
         rest = iter(tensors)
         kept = first.pop() if first else [_copied(value) for value in others]
         values = [next(rest) if own else value for own, value in zip(is_tensor, kept, strict=True)]

@@ -22,6 +22,7 @@ from attnlrp.changes import again, open_changes
 from attnlrp.checkpoint import follow_checkpoint
 from attnlrp.compiled import hide, is_compiled, look_up_tokens, show
 from attnlrp.errors import InputError, UnknownOperationError
+from attnlrp.heap import LARGE, give_back
 from attnlrp.kernels import (
     FLEX_ATTENTION,
     caps_inside_kernel,
@@ -165,6 +166,8 @@ class Propagation(TorchFunctionMode):
             lives = self._settle_hidden(lives)
             if not lives:
                 return func(*args, **kwargs)
+            if lives[0].is_cpu and lives[0].nbytes >= LARGE:
+                give_back()
             if plan is not func or trainable:  # a region without rules and parameters is recomputed as it is
                 follow_checkpoint(self)
         return self._apply(func, args, kwargs)

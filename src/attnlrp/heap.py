@@ -8,28 +8,37 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["give_back"]
+__all__ = ["LARGE", "SLACK", "SLACK_OF_LAYERS", "give_back"]
 
-SLACK = 2**28
-"""Bytes that the process may grow by until freed memory is given back: rarely enough to cost nothing."""
+SLACK = 2**30
+"""Bytes that the process may grow by until freed memory is given back: seldom enough to cost no time."""
+
+SLACK_OF_LAYERS = 2**28
+"""The same where layers are computed again, to save memory for time."""
+
+LARGE = 2**20
+"""Bytes of a tensor, below which what is freed is not worth a look."""
 
 _STATM = Path("/proc/self/statm")  # of Linux
 _floor = 0  # bytes after memory was last given back, or fewer
 
 
-def give_back() -> None:
-    """Give freed memory back to the system, if the process has grown by more than `SLACK` since the last time.
+def give_back(slack: int = SLACK) -> None:
+    """Give freed memory back to the system, if the process has grown by more than `slack` since the last time.
 
     The allocator of glibc seldom uses a freed block of aligned memory again, and torch aligns its tensors: a long pass
     over layers, each of which frees what it took, would grow layer by layer. Elsewhere than with glibc this does
     nothing, nor for the memory of a GPU.
+
+    Args:
+        slack: bytes.
     """
     global _floor
     trim = _trim()
     if trim is None:
         return
     now = _anonymous()
-    if now > _floor + SLACK:
+    if now > _floor + slack:
         trim(0)
         _floor = _anonymous()
     else:

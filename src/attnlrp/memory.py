@@ -17,6 +17,7 @@ from attnlrp.compiled import is_compiled
 from attnlrp.engine import propagate
 from attnlrp.errors import InputError, ModelError, OutOfMemoryError
 from attnlrp.gradients import AT_ONCE
+from attnlrp.heap import SLACK
 from attnlrp.rules import Rules
 
 __all__ = ["Choice", "Estimate", "Plan", "Planner", "available_bytes"]
@@ -25,7 +26,7 @@ Choice: TypeAlias = Literal["full", "checkpoint", "auto"]
 
 PROBES = (16, 32, 64)  # tokens: three points for a parabola, as written-out attention keeps squares
 SPARE = 0.9  # share of the memory that is free which an explanation may take
-HELD = 1.8  # main memory that the process takes for each byte of a tensor, if nothing is given back (docs/speed.md)
+HELD = 0.8  # bytes that the allocator of main memory holds for each byte of a tensor, up to SLACK (docs/speed.md)
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 _TEXTS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "use_cache", "logits_to_keep"}
 _PASSED_ON = 1.5  # gradients and temporaries of a layer's backward pass, in sizes of what the layer keeps
@@ -47,13 +48,13 @@ class Estimate:
         full: coefficients (a, b, c) of what the forward pass keeps.
         checkpoint: the same if layers are computed again; None for a model without repeated layers.
         layers: number of repeated layers.
-        held: bytes that the process takes for each byte of a tensor where everything is kept.
+        held: freed bytes that the allocator holds for each byte of a tensor where everything is kept.
     """
 
     full: tuple[float, float, float]
     checkpoint: tuple[float, float, float] | None
     layers: int
-    held: float = 1.0
+    held: float = 0.0
 
     def peak(self, plan: Plan, *, texts: int, tokens: int) -> float:
         """Bytes at the peak: what is kept, and what one layer adds while it runs, and for each target on the way back.
@@ -66,8 +67,8 @@ class Estimate:
         one_layer = _parabola(self.full, tokens) / self.layers
         kept = self.checkpoint if plan.checkpoint and self.checkpoint is not None else self.full
         again = one_layer if plan.checkpoint else 0.0
-        held = 1.0 if plan.checkpoint else self.held
-        return held * texts * (_parabola(kept, tokens) + again + _PASSED_ON * (1 + plan.at_once) * one_layer)
+        tensors = texts * (_parabola(kept, tokens) + again + _PASSED_ON * (1 + plan.at_once) * one_layer)
+        return tensors + (0.0 if plan.checkpoint else min(self.held * tensors, SLACK))
 
 
 class Planner:
@@ -135,7 +136,7 @@ def estimate(model: Any, rules: Rules, inputs: dict[str, Any]) -> Estimate:
         layers = 1
     full = _fitted([_kept(model, rules, inputs, n) for n in PROBES])
     again = _fitted([_kept(model, rules, inputs, n, saving=True) for n in PROBES]) if layers > 1 else None
-    return Estimate(full, again, layers, HELD if inputs["input_ids"].device.type == "cpu" else 1.0)
+    return Estimate(full, again, layers, HELD if inputs["input_ids"].device.type == "cpu" else 0.0)
 
 
 def available_bytes(device: torch.device) -> int:
